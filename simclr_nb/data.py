@@ -188,7 +188,7 @@ def pair_loaders(
     if len(images) < bs: raise ValueError(f'{len(images)} images are fewer than one batch of {bs}: choose bs of {len(images)} or less, or add images')
     pairs = Pairs(images, augment, seed)
     train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, shuffle_fn=pairs.order)
-    return DataLoaders(train, device=device)
+    return DataLoaders(train, train, device=device)     # fastai wants a second one; `TwoViews` never reads it
 
 # %% ../nbs/00_data.ipynb #54e79033
 def central_box(width, height, crop=1.):

@@ -1,0 +1,94 @@
+"The wheel: what it holds, and that it works from a new environment, away from this folder."
+import os, re, shutil, subprocess, sys, sysconfig, zipfile
+from configparser import ConfigParser
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+settings = ConfigParser(interpolation=None)
+settings.read(root/'settings.ini', encoding='utf-8')
+version = re.search(r'__version__ = "(.+)"', (root/'simclr_nb/__init__.py').read_text())[1]
+modules = sorted(p.stem for p in (root/'simclr_nb').glob('[!_]*.py'))
+lines = lambda text: text.strip().splitlines()
+
+def run(*command, **kw):
+    done = subprocess.run([str(o) for o in command], capture_output=True, text=True, **kw)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+def pip(*command, **kw): return run(sys.executable, '-m', 'pip', '--disable-pip-version-check', *command, **kw)
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "Made from a copy of what git holds, so that an old build/ cannot slip in and no file can be missing."
+    source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
+    for name in run('git', 'ls-files', '-coz', '--exclude-standard', cwd=root).split('\0'):
+        if not name or not (root/name).is_file() or name.startswith('nbs/'): continue
+        (source/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/name, source/name)
+    run(sys.executable, '-m', 'build', '--no-isolation', '--sdist', '--outdir', out, source)
+    sdist, = out.glob('*.tar.gz')
+    pip('wheel', sdist, '--no-deps', '--no-build-isolation', '-w', out)
+    pip('wheel', source, '--no-deps', '--no-build-isolation', '-w', out/'direct')
+    direct, = (out/'direct').glob('*.whl')
+    assert contents(direct) == contents(next(out.glob('*.whl'))), 'the source distribution makes another wheel'
+    return direct
+
+def contents(wheel): return sorted(zipfile.ZipFile(wheel).namelist())
+
+@pytest.fixture(scope='module')
+def env(wheel, tmp_path_factory):
+    "A new environment with the wheel in it; only the dependencies come from the present one."
+    folder = tmp_path_factory.mktemp('env')
+    run(sys.executable, '-m', 'venv', '--without-pip', folder)
+    python = folder/'bin/python'
+    site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
+    pip('--python', python, 'install', '--no-deps', '--no-index', wheel)
+    (site/'dependencies.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}) + '\n')
+    return folder
+
+def python(env, code, tmp_path):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'VIRTUAL_ENV'))}
+    return run(env/'bin/python', '-c', code, cwd=tmp_path, env=clean).strip()
+
+def test_wheel_holds_the_package_only(wheel):
+    tops = {name.split('/')[0] for name in contents(wheel)}
+    assert tops == {'simclr_nb', f'simclr_nb-{version}.dist-info'}
+    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
+    assert any(name.endswith('licenses/LICENSE') for name in contents(wheel))
+
+def test_metadata_is_what_settings_say(wheel):
+    meta = message_from_bytes(zipfile.ZipFile(wheel).read(f'simclr_nb-{version}.dist-info/METADATA'))
+    project, plain = settings['project'], lambda r: re.sub(r'[\s"\']', '', r)
+    assert (meta['Name'], meta['Version'], meta['Summary']) == ('simclr_nb', version, project['description'])
+    assert (meta['Author'], meta['License-Expression']) == (project['author'], project['license'])
+    assert meta['Requires-Python'] == f">={project['min_python']}"
+    assert meta['Description-Content-Type'] == 'text/markdown' and meta.get_payload().strip()
+    required = {plain(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
+    asked = {plain(r) for r in lines(project['requirements'])}
+    assert {frozenset(re.split('[,<>=!~]+', r)) for r in required} == {frozenset(re.split('[,<>=!~]+', r)) for r in asked}
+    assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
+
+def test_torch_is_left_to_pip():
+    for name in ('torch', 'torchvision'):
+        required, = [r for r in lines(settings['project']['requirements']) if re.match(rf'{name}\b', r)]
+        assert re.fullmatch(rf'{name}>=[\d.]+', required), 'a lower bound only, no build and no index'
+
+def test_imports_from_anywhere(env, tmp_path):
+    found = python(env, 'from simclr_nb.learner import simclr_learner; import simclr_nb; print(simclr_nb.__file__)', tmp_path)
+    assert Path(found).is_relative_to(env)
+
+def test_every_module_imports(env, tmp_path):
+    code = f'import importlib\nfor name in {modules}: print(importlib.import_module("simclr_nb." + name).__file__)'
+    assert all(Path(found).is_relative_to(env) for found in python(env, code, tmp_path).splitlines())
+
+@pytest.mark.parametrize('command', settings['console_scripts'])
+def test_commands_answer(env, tmp_path, command):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+    assert 'usage' in run(env/'bin'/command, '--help', cwd=tmp_path, env=clean).lower()
+
+def test_version_is_the_same_everywhere():
+    assert f'version: {version}\n' in (root/'CITATION.cff').read_text()
+    assert f'## {version}\n' in (root/'CHANGELOG.md').read_text()
