@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simclr_nb.data.Stills.__len__': ('data.html#stills.__len__', 'simclr_nb/data.py'),
                                 'simclr_nb.data._to_rgb': ('data.html#_to_rgb', 'simclr_nb/data.py'),
                                 'simclr_nb.data.central_box': ('data.html#central_box', 'simclr_nb/data.py'),
+                                'simclr_nb.data.check_batch': ('data.html#check_batch', 'simclr_nb/data.py'),
                                 'simclr_nb.data.cut': ('data.html#cut', 'simclr_nb/data.py'),
                                 'simclr_nb.data.folder_images': ('data.html#folder_images', 'simclr_nb/data.py'),
                                 'simclr_nb.data.folder_parts': ('data.html#folder_parts', 'simclr_nb/data.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sources', 'BadImage', 'open_image', 'ImageSet', 'folder_images', 'hold_out', 'folder_parts', 'solar_cells',
-           'train_test', 'load_images', 'keyed_rng', 'cut', 'Pairs', 'pair_loaders', 'central_box', 'Stills',
-           'still_loader']
+           'train_test', 'load_images', 'keyed_rng', 'cut', 'Pairs', 'check_batch', 'pair_loaders', 'central_box',
+           'Stills', 'still_loader']
 
 # %% ../nbs/00_data.ipynb #390e4fdc
 from importlib.util import find_spec
@@ -175,6 +175,15 @@ class Pairs:
         return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
 
 # %% ../nbs/00_data.ipynb #24809297
+def check_batch(
+    n:int, # images
+    bs:int, # images per batch
+):
+    "A `ValueError` where no batch of pairs can be made."
+    if bs < 2: raise ValueError(f'a batch of {bs} has no negatives: contrastive learning needs bs of 2 or more')
+    if n < bs: raise ValueError(f'{n} images are fewer than one batch of {bs}: choose bs of {n} or less, or add images')
+
+# %% ../nbs/00_data.ipynb #5cd7b3d7
 def pair_loaders(
     images:ImageSet,
     augment, # see `Pairs`
@@ -184,19 +193,18 @@ def pair_loaders(
     device=None, # where batches go; None: fastai's default
 )->DataLoaders: # batches (crops (B, 2, 3, H, W) uint8, parameters (B, 2, P), indices (B,))
     "Loaders of pairs, shuffled by key, for training."
-    if bs < 2: raise ValueError(f'a batch of {bs} has no negatives: contrastive learning needs bs of 2 or more')
-    if len(images) < bs: raise ValueError(f'{len(images)} images are fewer than one batch of {bs}: choose bs of {len(images)} or less, or add images')
+    check_batch(len(images), bs)
     pairs = Pairs(images, augment, seed)
     train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, shuffle_fn=pairs.order)
     return DataLoaders(train, train, device=device)     # fastai wants a second one; `TwoViews` never reads it
 
-# %% ../nbs/00_data.ipynb #54e79033
+# %% ../nbs/00_data.ipynb #5f0920bb
 def central_box(width, height, crop=1.):
     "The largest central square, `crop` of the shorter side, as a box."
     s = crop * min(width, height)
     return (width - s)/2, (height - s)/2, (width + s)/2, (height + s)/2
 
-# %% ../nbs/00_data.ipynb #5f0920bb
+# %% ../nbs/00_data.ipynb #0f46d7ee
 class Stills:
     "An evaluation set: item i is the central square of image i, and i."
     def __init__(self,
@@ -211,7 +219,7 @@ class Stills:
         except BadImage: raise SkipItemException from None
         return cut(im, central_box(*im.size, self.crop), self.size), i
 
-# %% ../nbs/00_data.ipynb #0f46d7ee
+# %% ../nbs/00_data.ipynb #b2392071
 def still_loader(
     images:ImageSet,
     size:int, # side, pixels

@@ -56,6 +56,7 @@ def worker(rank, world, folder):
     told['unequal'] = [refusal(6 if last else 8, 4), refusal(8, 3 if last else 4)]
     told['after'] = gather_rows(torch.full((2, 1), float(rank)))[0]
     torch.save(told, f'{folder}/rank{rank}.pt')
+    dist.barrier()  # nobody leaves while another still sends
     dist.destroy_process_group()
 
 
