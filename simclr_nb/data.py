@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sources', 'BadImage', 'open_image', 'ImageSet', 'folder_images', 'hold_out', 'folder_parts', 'solar_cells',
-           'train_test', 'load_images', 'keyed_rng', 'cut', 'Pairs', 'check_batch', 'pair_loaders', 'central_box',
-           'Stills', 'still_loader']
+           'train_test', 'load_images', 'keyed_rng', 'cut', 'Pairs', 'worker_count', 'check_batch', 'pair_loaders',
+           'central_box', 'Stills', 'still_loader']
 
 # %% ../nbs/00_data.ipynb #390e4fdc
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -175,6 +176,13 @@ class Pairs:
         return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
 
 # %% ../nbs/00_data.ipynb #24809297
+def worker_count(
+    n:int|None=None, # as asked for
+)->int: # n; one per core, 16 at most, where n is None
+    "How many processes decode images."
+    return min(16, os.cpu_count() or 1) if n is None else n
+
+# %% ../nbs/00_data.ipynb #5cd7b3d7
 def check_batch(
     n:int, # images
     bs:int, # images per batch
@@ -183,7 +191,7 @@ def check_batch(
     if bs < 2: raise ValueError(f'a batch of {bs} has no negatives: contrastive learning needs bs of 2 or more')
     if n < bs: raise ValueError(f'{n} images are fewer than one batch of {bs}: choose bs of {n} or less, or add images')
 
-# %% ../nbs/00_data.ipynb #5cd7b3d7
+# %% ../nbs/00_data.ipynb #70f62b20
 def pair_loaders(
     images:ImageSet,
     augment, # see `Pairs`
@@ -195,16 +203,16 @@ def pair_loaders(
     "Loaders of pairs, shuffled by key, for training."
     check_batch(len(images), bs)
     pairs = Pairs(images, augment, seed)
-    train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, shuffle_fn=pairs.order)
+    train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=worker_count(num_workers), shuffle_fn=pairs.order)
     return DataLoaders(train, train, device=device)     # fastai wants a second one; `TwoViews` never reads it
 
-# %% ../nbs/00_data.ipynb #5f0920bb
+# %% ../nbs/00_data.ipynb #0f46d7ee
 def central_box(width, height, crop=1.):
     "The largest central square, `crop` of the shorter side, as a box."
     s = crop * min(width, height)
     return (width - s)/2, (height - s)/2, (width + s)/2, (height + s)/2
 
-# %% ../nbs/00_data.ipynb #0f46d7ee
+# %% ../nbs/00_data.ipynb #b2392071
 class Stills:
     "An evaluation set: item i is the central square of image i, and i."
     def __init__(self,
@@ -219,7 +227,7 @@ class Stills:
         except BadImage: raise SkipItemException from None
         return cut(im, central_box(*im.size, self.crop), self.size), i
 
-# %% ../nbs/00_data.ipynb #b2392071
+# %% ../nbs/00_data.ipynb #9f36fa1e
 def still_loader(
     images:ImageSet,
     size:int, # side, pixels
@@ -228,4 +236,4 @@ def still_loader(
     num_workers:int|None=None,
 )->DataLoader: # batches (images (B, 3, size, size) uint8, indices (B,)), in order, unreadable files left out
     "A loader for evaluation."
-    return DataLoader(Stills(images, size, crop), bs=bs, num_workers=num_workers)
+    return DataLoader(Stills(images, size, crop), bs=bs, num_workers=worker_count(num_workers))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt, torch
-from fastai.basics import patch
+from fastai.basics import L, patch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
@@ -165,7 +165,7 @@ def pretrain(self:Learner,
     lr:float|None=None, # peak; None: by the rule
     rule:str='linear', # 'linear': 0.3·bs/256, 'sqrt': 0.075·√bs
     warmup:float|None=None, # epochs; None: 10, a tenth of the run if that is shorter
-    cbs=None, # further callbacks
+    cbs=None, # further callback, or a list of them
 ):
     "Train with the paper's learning-rate rule, warm-up and cosine."
     if epochs < 1: raise ValueError(f'pretrain takes 1 epoch or more, got {epochs}')
@@ -175,7 +175,7 @@ def pretrain(self:Learner,
     total, warm = steps*epochs, round(steps*(min(10, epochs/10) if warmup is None else warmup))
     peak = peak_lr(self.dls.train.bs, rule) if lr is None else lr
     def rate(pct): return learning_rate(round(pct*total), total_steps=total, warmup_steps=warm, base=peak)
-    self.fit(epochs, lr=peak, cbs=[ParamScheduler({'lr': rate}), *(cbs or [])])
+    self.fit(epochs, lr=peak, cbs=[ParamScheduler({'lr': rate}), *L(cbs)])
 
 @patch
 def set_batch_size(self:Learner, bs:int|None):
