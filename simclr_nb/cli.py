@@ -17,13 +17,13 @@ from pathlib import Path
 
 import fastai, matplotlib.pyplot as plt, numpy as np, torch
 from fastai.callback.progress import CSVLogger
-from fastai.torch_core import no_random
+from fastai.torch_core import default_device, no_random
 from fastcore.script import call_parse, store_true
 from torch import nn
 from . import __version__
 from .data import BadImage, load_images, train_test
 from .encoder import build_encoder, load_encoder
-from .evaluation import as_table, compare, embed, plot_map, plot_neighbours, plot_scores
+from .evaluation import as_table, check_labels, compare, embed, plot_map, plot_neighbours, plot_scores
 from .learner import simclr_learner
 
 # %% ../nbs/10_cli.ipynb #7c783d0f
@@ -48,7 +48,8 @@ def new_run(
     overwrite:bool=False, # replace a run that is there
 )->Path: # the folder, made
     "The folder of a new run; one that holds an encoder already is not touched."
-    out = Path(out or Path('runs')/Path(source).name)
+    out, source = Path(out or Path('runs')/Path(source).resolve().name), Path(source)
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()): raise ValueError(f'{out} lies inside the images: choose another --out')
     if (out/'encoder.safetensors').exists() and not overwrite:
         raise FileExistsError(f'{out} holds a trained encoder: choose another --out, or replace it with --overwrite')
     (out/'figures').mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,14 @@ def new_run(
 def plain_errors():
     "End the program with the error's own words."
     try: yield
-    except (ValueError, OSError, ImportError, FloatingPointError, BadImage) as e: sys.exit(f'error: {e}')
+    except (ValueError, OSError, ImportError, FloatingPointError, BadImage) as e: sys.exit('error: ' + str(e).split('\n\t')[-1])      # fastai puts the callback's name before it
 
 # %% ../nbs/10_cli.ipynb #aa9001a0
 def describe(learn, **settings)->dict: # for config.json
     "The settings of a run, what follows from them, and the versions it runs with."
     bs, steps = learn.dls.train.bs, len(learn.dls.train)
+    if Path(settings['source']).is_dir(): settings['source'] = str(Path(settings['source']).resolve())
+    settings['size'] = learn.two_views.augment.size
     return settings | dict(images=len(learn.dls.train.dataset), negatives=2*(bs - 1), steps_per_epoch=steps,
         feature_dim=learn.encoder.feature_dim, versions=dict(simclr_nb=__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()))
 
@@ -102,9 +105,9 @@ def pretrain(
     "Pretrain an encoder on unlabelled images with SimCLR."
     with plain_errors():
         settings = dict(source=source, arch=arch, epochs=epochs, size=size, bs=bs, opt=opt, lr=lr, rule=rule, temperature=temperature, head=head, dim=dim, seed=seed)
-        out = new_run(out, source, overwrite)
-        learn = simclr_learner(source, arch, size, head=head, dim=dim, temperature=temperature, opt=opt, seed=seed, num_workers=workers, path=out)
+        learn = simclr_learner(source, arch, size, head=head, dim=dim, temperature=temperature, opt=opt, seed=seed, num_workers=workers)
         learn.set_batch_size(bs)
+        learn.path = out = new_run(out, source, overwrite)
         write_json(out/'config.json', describe(learn, **settings))
         report = train_run(learn, out, epochs, bs=bs, lr=lr, rule=rule)
         write_json(out/'report.json', report)
@@ -115,24 +118,25 @@ def rivals(encoder)->dict: # name to encoder
     "Pixels, the encoder before training, and the encoder."
     c = encoder.config
     with no_random(c.get('seed', 0)): untrained = build_encoder(c['arch'], c['size'], c['stem'])
-    return {'pixels': nn.Flatten(), 'untrained': untrained, 'simclr': encoder}
+    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(64, c['size'])), nn.Flatten())
+    return {n: e.to(default_device()) for n, e in {'pixels': pixels, 'untrained': untrained, 'simclr': encoder}.items()}
 
 # %% ../nbs/10_cli.ipynb #bdacbf48
-def draw_run(encoder, train, test, scores, figures:Path, size:int, workers:int|None=None):
+def draw_run(train, test, bank, queries, scores, figures:Path):
     "Scores, neighbours of a few test images, and a map of at most 3,000 of them."
-    shown = test.subset(range(0, len(test), 1 + len(test)//3000))
-    (bank, i), (queries, j) = (embed(encoder, s, size, num_workers=workers) for s in (train, shown))
-    train, shown = train.subset(i.tolist()), shown.subset(j.tolist())
-    picks = [int(p) for c in range(min(6, len(test.classes))) for p in np.flatnonzero(shown.labels == c)[:1]]
+    figures.mkdir(exist_ok=True)
+    picks = [int(p) for c in range(min(6, len(test.classes))) for p in np.flatnonzero(test.labels == c)[:1]]
+    every = 1 + len(test)//3000
     save_figure(plot_scores(scores), figures/'scores.png')
-    save_figure(plot_neighbours(train, shown, bank, queries, picks, min(6, len(bank))), figures/'neighbours.png')
-    save_figure(plot_map(queries, shown.labels, shown.classes), figures/'map.png')
+    save_figure(plot_neighbours(train, test, bank, queries, picks, min(6, len(bank))), figures/'neighbours.png')
+    save_figure(plot_map(queries[::every], test.labels[::every], test.classes), figures/'map.png')
 
 # %% ../nbs/10_cli.ipynb #cf58d19b
-def seen_unlabelled(run:Path, source:str, test)->int:
+def seen_unlabelled(run:Path, test)->int|None: # None: not known, the run has no config.json
     "How many of the test images the run was pretrained on."
-    config = json.loads((run/'config.json').read_text()) if (run/'config.json').exists() else {}
-    return len({*test.files} & {*load_images(source).files}) if config.get('source') == source else 0
+    if not (run/'config.json').exists(): return None
+    seen = load_images(json.loads((run/'config.json').read_text())['source'])
+    return len({f.resolve() for f in test.files} & {f.resolve() for f in seen.files})
 
 # %% ../nbs/10_cli.ipynb #0ac9bc35
 @call_parse
@@ -147,11 +151,16 @@ def evaluate(
         run = Path(run)
         encoder = load_encoder(run/'encoder.safetensors')
         train, test = train_test(source)
-        size = encoder.config['size']
-        scores = compare(rivals(encoder), train, test, size, k=k, num_workers=workers)
+        check_labels(train, test)
+        size, rival = encoder.config['size'], rivals(encoder)
+        (bank, i), (queries, j) = (embed(encoder, s, size, num_workers=workers) for s in (train, test))
+        left_out = [str(s.files[n]) for s, kept in ((train, i), (test, j)) for n in sorted({*range(len(s))} - {*kept.tolist()})]
+        train, test = train.subset(i.tolist()), test.subset(j.tolist())
+        scores = compare(rival, train, test, size, k=k, num_workers=workers)
+        print(f'{source}: {len(train)} training and {len(test)} held-out images, {len(train.classes)} classes, k = {k}\n\n{as_table(scores)}\n')
+        if left_out: print(f'{len(left_out)} files could not be read and were left out: {", ".join(left_out[:10])}')
         old = json.loads((run/'report.json').read_text()) if (run/'report.json').exists() else {}
-        write_json(run/'report.json', old | scores | dict(evaluated_on=dict(source=source, train=len(train), test=len(test), classes=train.classes, k=k, metric='balanced accuracy, %',
-            test_seen_in_pretraining=seen_unlabelled(run, source, test))))
-        (run/'figures').mkdir(exist_ok=True)
-        draw_run(encoder, train, test, scores, run/'figures', size, workers)
-        print(f'{source}: {len(train)} training and {len(test)} held-out images, {len(train.classes)} classes, k = {k}\n\n{as_table(scores)}\n\nreport: {run/"report.json"}, pictures: {run/"figures"}')
+        write_json(run/'report.json', old | scores | dict(evaluated_on=dict(source=source, train=len(train), test=len(test), classes=train.classes, k=k, metric='balanced accuracy, %', left_out=left_out,
+            test_seen_in_pretraining=seen_unlabelled(run, test))))
+        draw_run(train, test, bank, queries, scores, run/'figures')
+        print(f'report: {run/"report.json"}, pictures: {run/"figures"}')

@@ -9,6 +9,7 @@ __all__ = ['sources', 'BadImage', 'open_image', 'ImageSet', 'folder_images', 'ho
 
 # %% ../nbs/00_data.ipynb #390e4fdc
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.transforms import get_image_files
+from fastai.torch_core import default_device
 from sklearn.model_selection import train_test_split
 
 # %% ../nbs/00_data.ipynb #d899badf
@@ -28,7 +30,9 @@ class BadImage(Exception):
 def _to_rgb(im):
     if im.mode.startswith('I;16') or im.mode in ('I', 'F'):
         x = np.asarray(im, dtype=np.float32)
-        return Image.fromarray((x / (257 if im.mode.startswith('I') else 1)).clip(0, 255).round().astype(np.uint8)).convert('RGB')
+        white = next((w for w in (1, 255, 65535) if x.max() <= w), None) if im.mode == 'F' else 65535
+        if white is None or not (x.min() >= 0 and x.max() <= white): raise ValueError(f'its values lie between {x.min():g} and {x.max():g}: save it with 8 or 16 bits')
+        return Image.fromarray((x*255/white).round().astype(np.uint8)).convert('RGB')
     if 'transparency' in im.info or im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa'):
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
@@ -64,6 +68,7 @@ class ImageSet:
 # %% ../nbs/00_data.ipynb #71622568
 def folder_images(
     path:str|Path, # looked through with all that is below it
+    classes:list|None=None, # names of the classes in their order; None: the subfolders, sorted
 )->ImageSet: # sorted by path; labels from the first level of subfolders, if every image is in one
     "The images of a folder."
     path = Path(path)
@@ -72,7 +77,9 @@ def folder_images(
     if not files: raise ValueError(f'no image files in {path} (looked in all its subfolders for .jpg, .png, …)')
     top = [f.relative_to(path).parts for f in files]
     if any(len(t) == 1 for t in top): return ImageSet(files)
-    classes = sorted({t[0] for t in top})
+    names = sorted({t[0] for t in top})
+    classes = names if classes is None else classes
+    if new := set(names) - set(classes): raise ValueError(f'{path} has classes that the training part lacks: {", ".join(sorted(new))}')
     return ImageSet(files, [classes.index(t[0]) for t in top], classes)
 
 # %% ../nbs/00_data.ipynb #b36bd983
@@ -90,12 +97,13 @@ def hold_out(
 # %% ../nbs/00_data.ipynb #ef98a1a5
 def folder_parts(
     path:str|Path, # a folder with `train` and `test`, `val` or `valid` below it, or any folder
-)->tuple: # (train, test)
-    "The two parts of a folder: its own, or by `hold_out`."
+)->tuple: # (train, test), or (all, None) where it has no parts
+    "The parts that a folder brings, with one list of classes for both."
     path = Path(path)
     test = [path/n for n in ('test', 'val', 'valid') if (path/n).is_dir()]
-    if (path/'train').is_dir() and test: return folder_images(path/'train'), folder_images(test[0])
-    return hold_out(folder_images(path))
+    if not ((path/'train').is_dir() and test): return folder_images(path), None
+    train = folder_images(path/'train')
+    return train, folder_images(test[0], train.classes)
 
 # %% ../nbs/00_data.ipynb #7cedd873
 def solar_cells()->tuple: # (train, test), 1,968 and 656 images with four classes
@@ -120,16 +128,15 @@ def train_test(
     source:str|Path, # one of `sources`, or a folder
 )->tuple: # (train, test) sets
     "The two parts of a source, for evaluation."
-    return sources[source]() if source in sources else folder_parts(source)
+    train, test = sources[source]() if source in sources else folder_parts(source)
+    return (train, test) if test else hold_out(train)
 
 # %% ../nbs/00_data.ipynb #38f31325
 def load_images(
     source:str|Path, # one of `sources`, or a folder
 )->ImageSet: # the training part, where the source has parts of its own; else everything
     "The images to pretrain on."
-    if source in sources: return sources[source]()[0]
-    train = Path(source)/'train'
-    return folder_images(train if train.is_dir() else source)
+    return (sources[source]() if source in sources else folder_parts(source))[0]
 
 # %% ../nbs/00_data.ipynb #cff8d1bc
 def keyed_rng(
@@ -152,7 +159,7 @@ def cut(
 
 # %% ../nbs/00_data.ipynb #aac4e309
 class Pairs:
-    "A training set: item i is two crops of image i with the parameters of the rest."
+    "A training set: item i is two crops of image i, and for each the numbers that say how to flip, recolour and blur it."
     def __init__(self,
         images:ImageSet,
         augment, # has `size` and `draw(rng, width, height)`, which returns (box, row of numbers)
@@ -180,7 +187,8 @@ def worker_count(
     n:int|None=None, # as asked for
 )->int: # n; one per core, 16 at most, where n is None
     "How many processes decode images."
-    return min(16, os.cpu_count() or 1) if n is None else n
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(16, cores) if n is None else n
 
 # %% ../nbs/00_data.ipynb #5cd7b3d7
 def check_batch(
@@ -203,8 +211,9 @@ def pair_loaders(
     "Loaders of pairs, shuffled by key, for training."
     check_batch(len(images), bs)
     pairs = Pairs(images, augment, seed)
-    train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=worker_count(num_workers), shuffle_fn=pairs.order)
-    return DataLoaders(train, train, device=device)     # fastai wants a second one; `TwoViews` never reads it
+    train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=worker_count(num_workers),
+        shuffle_fn=partial(Pairs.order, pairs))          # not pairs.order: fastai would bind it to the loader
+    return DataLoaders(train, train, device=device or default_device())   # fastai wants a second one; it is never read
 
 # %% ../nbs/00_data.ipynb #0f46d7ee
 def central_box(width, height, crop=1.):

@@ -15,12 +15,13 @@ from fastai.basics import L, patch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
-from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, no_random
 from torch import Tensor, nn
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
-from .data import ImageSet, check_batch, load_images, pair_loaders
+from .data import ImageSet, Pairs, check_batch, load_images, pair_loaders
 from .distributed import gather_rows
 from .encoder import build_encoder, save_encoder as encoder_file
 from .lars import LARS, learning_rate, peak_lr
@@ -49,16 +50,16 @@ class NTXentLoss(nn.Module):
 # %% ../nbs/07_learner.ipynb #492a97fe
 class TwoViews(Callback):
     "Makes the two views of a batch on its device; there is nothing to validate."
-    def __init__(self, augment:Augmentation, seed:int=0): self.augment, self.seed, self.epochs_done = augment, seed, 0
+    def __init__(self, augment:Augmentation, seed:int=0, memory_format=torch.channels_last): self.augment, self.seed, self.memory_format, self.epochs_done = augment, seed, memory_format, 0
     def before_epoch(self):
         self.seen = 0
-        self.dls.train.dataset.epoch = self.epochs_done
+        if isinstance(self.dls.train.dataset, Pairs): self.dls.train.dataset.epoch = self.epochs_done
     def before_batch(self):
         x, *rows = self.xb
         if x.ndim == 5: views = make_views(self.augment, x, *rows)
         else: views = cut_views(self.augment, _unit_range(x), self.seed, self.epochs_done, self.seen)
         self.seen += len(x)
-        self.learn.xb, self.learn.yb = (views.contiguous(memory_format=torch.channels_last),), (positives(len(views), views.device),)
+        self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (positives(len(views), views.device),)
     def after_epoch(self): self.epochs_done += 1
     def before_validate(self): raise CancelValidException
 
@@ -80,7 +81,7 @@ class Guard(Callback):
             raise FloatingPointError(f'the loss is {self.loss.item()} at step {self.train_iter} (epoch {self.epoch}): '
                 'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
     def after_train(self):
-        if not self.seen_any: raise ValueError(f'no full batch of {self.dls.train.bs} could be made. {self.left_out_message()}')
+        if not self.seen_any: raise ValueError(self.no_batch_message())
     def before_train(self): self.seen_any = False
     def after_batch(self): self.seen_any = True
     def after_fit(self):
@@ -88,15 +89,26 @@ class Guard(Callback):
     def left_out(self):
         "Files of the training set that could not be read."
         return getattr(self.dls.train.dataset, 'left_out', list)()
+    def no_batch_message(self): return f'no full batch of {self.dls.train.bs} could be made. {self.left_out_message()}'
     def left_out_message(self):
         files = self.left_out()
         return f'{len(files)} of {len(self.dls.train.dataset)} files could not be read and were left out: ' + ', '.join(map(str, files[:10])) + (', …' if len(files) > 10 else '')
 
 # %% ../nbs/07_learner.ipynb #4b96efd9
 def _loaders(data, augment, seed, num_workers):
-    if isinstance(data, DataLoaders): return data
+    if isinstance(data, DataLoaders):
+        if not isinstance(data.train, DataLoader): raise TypeError(f'the DataLoaders hold a {type(data.train).__name__}; simclr_learner takes fastai loaders')
+        return data
     if len(data) < 2: raise ValueError(f'contrastive learning needs at least 2 images, got {len(data)}')
     return pair_loaders(data, augment, min(256, len(data)), seed, num_workers, default_device())
+
+def _recipe(data, augment, size):
+    "What is given, what the loaders bring, or what suits the source: (augmentation, size), in agreement."
+    if isinstance(data, DataLoaders): augment = augment or getattr(data.train.dataset, 'augment', None)
+    if augment and size not in (None, augment.size): raise ValueError(f'size is {size}, but the augmentation makes views of {augment.size} pixels')
+    name = data if isinstance(data, str) else None
+    size = augment.size if augment else sizes.get(name, 224) if size is None else size
+    return augment or augmentations_for(name, size), size
 
 class _OnPairs:
     "A measure of `simclr_nb.ntxent` as a function of (z, targets)."
@@ -104,7 +116,8 @@ class _OnPairs:
     def __call__(self, z, *targets): return self.f(z, self.temperature)
 
 # %% ../nbs/07_learner.ipynb #dc33a50a
-optimizers = {'lars': partial(OptimWrapper, opt=LARS), 'sgd': partial(SGD, mom=.9, wd=1e-6, decouple_wd=False), 'adam': partial(Adam, wd=1e-6, decouple_wd=False)}
+optimizers = {'lars': partial(OptimWrapper, opt=LARS), 'adam': partial(OptimWrapper, opt=torch.optim.Adam, weight_decay=1e-6),
+    'sgd': partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=1e-6)}
 sizes = {'solar_cells': 64, 'cifar10': 32, 'imagenette': 128}
 
 def simclr_learner(
@@ -115,24 +128,25 @@ def simclr_learner(
     head:str='nonlinear', # 'none', 'linear' or 'nonlinear'
     dim:int=128, # length of z
     temperature:float=.1, # τ of the loss
-    opt:str='lars', # 'lars', 'sgd' (momentum 0.9) or 'adam', as in the official code
+    opt:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `opt`
 )->Learner:
     "A fastai `Learner` for SimCLR; train it with `pretrain`, then take its `encoder`."
     if opt not in optimizers: raise ValueError(f'unknown optimiser {opt!r}; there are {", ".join(optimizers)}')
-    size = size or (augment.size if augment else sizes.get(data, 224) if isinstance(data, str) else 224)
-    augment = augment or augmentations_for(data if isinstance(data, str) else None, size)
+    augment, size = _recipe(data, augment, size)
+    like = torch.channels_last if isinstance(arch, str) else torch.contiguous_format   # faster; a module of the user's may not take it
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
     with no_random(seed):
         encoder = build_encoder(arch, size)
-        model = SimCLR(encoder, projection_head(encoder.feature_dim, head, dim)).to(memory_format=torch.channels_last)
-    metrics = [AvgMetric(_OnPairs(f, temperature)) for f in (contrastive_accuracy, contrastive_entropy)]
+        model = SimCLR(encoder, projection_head(encoder.feature_dim, head, dim)).to(memory_format=like)
+    metrics = [AvgMetric(_OnPairs(f, temperature)) for f in (contrastive_accuracy, contrastive_entropy)] + L(kwargs.pop('metrics', None))
     learn = Learner(_loaders(images, augment, seed, num_workers), model, NTXentLoss(temperature), metrics=metrics,
         **{'opt_func': optimizers[opt], **kwargs})
     learn.opt_name = None if 'opt_func' in kwargs else opt
-    learn.add_cbs([TwoViews(augment, seed), Guard()])
+    learn.default_bs = data.train.bs if isinstance(data, DataLoaders) else 256
+    learn.add_cbs([TwoViews(augment, seed, like), Guard()])
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
     return learn
 
@@ -154,7 +168,9 @@ def show_pairs(self:Learner,
 def one_views(self:Learner)->Tensor: # (2B, 3, size, size)
     "The views of one training batch."
     cb = self.two_views
-    x, *rows = self.dls.train.one_batch()[:2]
+    batch = self.dls.train.one_batch()
+    if batch is None: raise ValueError(self.guard.no_batch_message())
+    x, *rows = batch[:2]
     return make_views(cb.augment, x, *rows) if x.ndim == 5 else cut_views(cb.augment, _unit_range(x), cb.seed)
 
 # %% ../nbs/07_learner.ipynb #815b1af0
@@ -179,9 +195,8 @@ def pretrain(self:Learner,
 
 @patch
 def set_batch_size(self:Learner, bs:int|None):
-    "New batch size for the training loader; None: 256 for our own loaders, else as it is."
-    own = hasattr(self.dls.train.dataset, 'augment')
-    bs = bs or (256 if own else self.dls.train.bs)
+    "New batch size for the training loader; None: 256, or as in the DataLoaders given."
+    bs = self.default_bs if bs is None else bs
     check_batch(len(self.dls.train.dataset), bs)
     self.dls.train.bs = bs
 
@@ -205,4 +220,4 @@ def save_encoder(self:Learner,
     **config, # further facts to keep with it
 ):
     "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
-    encoder_file(self.model.encoder, path, seed=self.two_views.seed, **config)
+    encoder_file(self.model.encoder, path, size=self.two_views.augment.size, seed=self.two_views.seed, **config)
