@@ -120,6 +120,7 @@ optimizers = {'lars': partial(OptimWrapper, opt=LARS), 'adam': partial(OptimWrap
     'sgd': partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=1e-6)}
 sizes = {'solar_cells': 64, 'cifar10': 32, 'imagenette': 128}
 
+# %% ../nbs/07_learner.ipynb #a46b50b7
 def simclr_learner(
     data, # folder of images, name of a source, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
     arch='resnet50', # see `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', a timm name, an nn.Module
@@ -150,7 +151,7 @@ def simclr_learner(
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
     return learn
 
-# %% ../nbs/07_learner.ipynb #106dfbdf
+# %% ../nbs/07_learner.ipynb #e8f0ff9b
 @patch
 def show_pairs(self:Learner,
     n:int=8, # pairs
@@ -173,7 +174,7 @@ def one_views(self:Learner)->Tensor: # (2B, 3, size, size)
     x, *rows = batch[:2]
     return make_views(cb.augment, x, *rows) if x.ndim == 5 else cut_views(cb.augment, _unit_range(x), cb.seed)
 
-# %% ../nbs/07_learner.ipynb #815b1af0
+# %% ../nbs/07_learner.ipynb #4e34b848
 @patch
 def pretrain(self:Learner,
     epochs:int, # the paper's ablations have 100, its results 1000
@@ -200,7 +201,7 @@ def set_batch_size(self:Learner, bs:int|None):
     check_batch(len(self.dls.train.dataset), bs)
     self.dls.train.bs = bs
 
-# %% ../nbs/07_learner.ipynb #cba77d62
+# %% ../nbs/07_learner.ipynb #d0ad2d80
 @patch
 def plot_loss(self:Learner, ax=None):
     "Training loss by step, smoothed as fastai does, beside the loss of no opinion, ln(2N − 1); returns the figure."
@@ -213,7 +214,7 @@ def plot_loss(self:Learner, ax=None):
     ax.spines[['top', 'right']].set_visible(False)
     return ax.figure
 
-# %% ../nbs/07_learner.ipynb #30a7d977
+# %% ../nbs/07_learner.ipynb #5b8ace8a
 @patch
 def save_encoder(self:Learner,
     path:str|Path, # ends in .safetensors
