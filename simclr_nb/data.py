@@ -124,19 +124,21 @@ sources = {
 }
 
 # %% ../nbs/00_data.ipynb #a6a6364c
+def _parts(source): return sources[source]() if source in sources else folder_parts(source)
+
 def train_test(
     source:str|Path, # one of `sources`, or a folder
 )->tuple: # (train, test) sets
     "The two parts of a source, for evaluation."
-    train, test = sources[source]() if source in sources else folder_parts(source)
-    return (train, test) if test else hold_out(train)
+    train, test = _parts(source)
+    return hold_out(train) if test is None else (train, test)
 
 # %% ../nbs/00_data.ipynb #38f31325
 def load_images(
     source:str|Path, # one of `sources`, or a folder
 )->ImageSet: # the training part, where the source has parts of its own; else everything
     "The images to pretrain on."
-    return (sources[source]() if source in sources else folder_parts(source))[0]
+    return _parts(source)[0]
 
 # %% ../nbs/00_data.ipynb #cff8d1bc
 def keyed_rng(

@@ -7,8 +7,6 @@ __all__ = ['colors', 'embed', 'nearest', 'knn_predict', 'linear_classifier', 'ch
            'plot_scores', 'plot_neighbours', 'plot_map']
 
 # %% ../nbs/08_evaluation.ipynb #1d4ba413
-from pathlib import Path
-
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -19,7 +17,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from .data import ImageSet, still_loader
-from .encoder import build_encoder
 
 # %% ../nbs/08_evaluation.ipynb #bf771d6c
 @torch.no_grad()

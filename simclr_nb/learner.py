@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, no_random
+from fastai.torch_core import no_random
 from torch import Tensor, nn
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, Pairs, check_batch, load_images, pair_loaders
@@ -54,11 +54,13 @@ class TwoViews(Callback):
     def before_epoch(self):
         self.seen = 0
         if isinstance(self.dls.train.dataset, Pairs): self.dls.train.dataset.epoch = self.epochs_done
+    def views(self, x, *rows, first=0):
+        "Both views of crops and their rows, or of whole images, of which the first has index `first` in the epoch."
+        if x.ndim == 5: return make_views(self.augment, x, *rows)
+        return cut_views(self.augment, _unit_range(x), self.seed, self.epochs_done, first)
     def before_batch(self):
-        x, *rows = self.xb
-        if x.ndim == 5: views = make_views(self.augment, x, *rows)
-        else: views = cut_views(self.augment, _unit_range(x), self.seed, self.epochs_done, self.seen)
-        self.seen += len(x)
+        views = self.views(*self.xb, first=self.seen)
+        self.seen += len(views)//2
         self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (positives(len(views), views.device),)
     def after_epoch(self): self.epochs_done += 1
     def before_validate(self): raise CancelValidException
@@ -100,7 +102,7 @@ def _loaders(data, augment, seed, num_workers):
         if not isinstance(data.train, DataLoader): raise TypeError(f'the DataLoaders hold a {type(data.train).__name__}; simclr_learner takes fastai loaders')
         return data
     if len(data) < 2: raise ValueError(f'contrastive learning needs at least 2 images, got {len(data)}')
-    return pair_loaders(data, augment, min(256, len(data)), seed, num_workers, default_device())
+    return pair_loaders(data, augment, min(256, len(data)), seed, num_workers)
 
 def _recipe(data, augment, size):
     "What is given, what the loaders bring, or what suits the source: (augmentation, size), in agreement."
@@ -168,11 +170,9 @@ def show_pairs(self:Learner,
 @patch
 def one_views(self:Learner)->Tensor: # (2B, 3, size, size)
     "The views of one training batch."
-    cb = self.two_views
     batch = self.dls.train.one_batch()
     if batch is None: raise ValueError(self.guard.no_batch_message())
-    x, *rows = batch[:2]
-    return make_views(cb.augment, x, *rows) if x.ndim == 5 else cut_views(cb.augment, _unit_range(x), cb.seed)
+    return self.two_views.views(*(batch[:2] if batch[0].ndim == 5 else batch[:1]))
 
 # %% ../nbs/07_learner.ipynb #4e34b848
 @patch
