@@ -1,0 +1,85 @@
+"What an image's views are depends on seed, epoch and image alone: not on workers, batches, or an interruption."
+import numpy as np, pytest, torch
+from PIL import Image
+from simclr_nb.augmentations import broader_augmentations, cut_views, make_views, simclr_augmentations
+from simclr_nb.data import folder_images, pair_loaders
+
+IMAGES, SEED = 32, 3
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    "JPEGs of several sizes, one of them on its side, and some of them large enough to be decoded at reduced size."
+    folder = tmp_path_factory.mktemp('images')
+    for i in range(IMAGES):
+        rng = np.random.default_rng(i)
+        small = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+        exif = Image.Exif()
+        if i == 5: exif[0x112] = 6
+        small.resize((60 + 9*i, 45 + 8*i), Image.BICUBIC).save(folder/f'{i:02}.jpg', exif=exif, quality=90)
+    return folder_images(folder)
+
+
+def views_of(images, augment, epoch=0, bs=8, num_workers=0, order=None, skip=0):
+    "All views of an epoch, by image, through loader and augmentation."
+    dls = pair_loaders(images, augment, bs, SEED, num_workers, device='cpu')
+    pairs = dls.train.dataset
+    pairs.epoch, pairs.skip = epoch, skip
+    if order: dls.train.shuffle_fn = order
+    got = {}
+    for crops, rows, idxs in dls.train:
+        views = make_views(augment, crops, rows)
+        got |= {int(i): views[[k, k + len(idxs)]] for k, i in enumerate(idxs)}
+    return got
+
+
+def backwards(idxs): return list(reversed(idxs))
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
+
+
+@pytest.fixture(scope='module', params=[simclr_augmentations(40), broader_augmentations(40, p=.5)], ids=['paper', 'broader'])
+def augment(request): return request.param
+
+
+@pytest.fixture(scope='module')
+def epoch0(images, augment): return views_of(images, augment)
+
+
+def test_every_image_is_there_and_epochs_differ(images, augment, epoch0):
+    assert sorted(epoch0) == list(range(IMAGES))
+    epoch1 = views_of(images, augment, epoch=1)
+    assert not any(torch.equal(epoch0[i], epoch1[i]) for i in epoch0)
+    assert not any(torch.equal(*v) for v in epoch0.values()), 'the two views of an image are drawn apart'
+
+
+@pytest.mark.parametrize('num_workers', [2, 4])
+def test_workers_change_nothing(images, augment, epoch0, num_workers):
+    assert equal(views_of(images, augment, num_workers=num_workers), epoch0)
+
+
+def test_other_orders_and_batches_change_nothing(images, augment, epoch0):
+    assert equal(views_of(images, augment, order=backwards), epoch0)
+    assert equal(views_of(images, augment, bs=16, num_workers=2), epoch0)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_run_resumed_within_an_epoch_goes_on_with_the_same_views(images, augment, epoch0, num_workers):
+    rest = views_of(images, augment, num_workers=num_workers, skip=16)
+    order = list(epoch0)                                # the order of the uninterrupted run
+    assert list(rest) == order[16:] if num_workers == 0 else sorted(rest) == sorted(order[16:])
+    assert all(torch.equal(rest[i], epoch0[i]) for i in rest)
+
+
+def test_views_cut_on_the_device_depend_on_the_key_alone(augment):
+    x = torch.rand(6, 3, 50, 60, generator=torch.Generator().manual_seed(0))
+    whole = cut_views(augment, x, SEED, epoch=2)
+    part = cut_views(augment, x[4:], SEED, epoch=2, first=4)
+    assert torch.equal(part, whole[[4, 5, 10, 11]])
+
+
+def test_each_draw_is_that_of_its_key(images):
+    augment = simclr_augmentations(40)
+    boxes, rows = augment.draw_views((SEED, 0, 7), 200, 150)
+    for _ in range(3): augment.draw_views((SEED, 0, 8), 200, 150)
+    again = augment.draw_views((SEED, 0, 7), 200, 150)
+    assert boxes == again[0] and all((a == b).all() for a, b in zip(rows, again[1]))
