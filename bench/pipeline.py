@@ -84,7 +84,7 @@ def per_image(f, files, repeats):
 
 def stages(files, augment, repeats):
     "Milliseconds per image of each stage alone: two views where the stage works on views."
-    size, crops, rows = augment.size, *Pairs(ImageSet(files), augment)[0][:2]
+    size, crops = augment.size, Pairs(ImageSet(files), augment)[0][0]
     views = [np.ascontiguousarray(c.permute(1, 2, 0).numpy()/np.float32(255)) for c in crops]
     def draw(i): return augment.draw_views((0, 0, i), 500, 375)
     def decode_and_cut(i):

@@ -412,7 +412,7 @@ def on_array(self:Step,
 def on_array(self:RandomFlip, im, row): return cv2.flip(im, 1)
 
 @patch
-def on_array(self:RandomGrayscale, im, row): return cv2.transform(im, np.tile(luma, (3, 1)))
+def on_array(self:RandomGrayscale, im, row): return cv2.transform(im, np.array([luma, luma, luma]))
 
 @patch
 def on_array(self:RandomBlur, im, row):
@@ -422,7 +422,11 @@ def on_array(self:RandomBlur, im, row):
     return cv2.sepFilter2D(im, -1, w/w.sum(), w/w.sum(), borderType=cv2.BORDER_CONSTANT).clip(0, 1)
 
 # %% ../nbs/01_augmentations.ipynb #5ab1d1ae
-def _contrast(im, f): return cv2.transform(im, np.c_[np.eye(3)*f, np.array(cv2.mean(im)[:3])*(1 - f)])
+def _brightness(im, delta): return (im + np.float32(delta)).clip(0, 1)
+
+def _contrast(im, f):
+    r, g, b, _ = ((1 - f)*mean for mean in cv2.mean(im))
+    return cv2.transform(im, np.array([[f, 0, 0, r], [0, f, 0, g], [0, 0, f, b]])).clip(0, 1)
 
 def _saturation(im, f):
     hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)
@@ -436,9 +440,9 @@ def _turn_hue(im, shift):
 @patch
 def on_array(self:ColorDistortion, im, row):
     if self.definition != 'tensorflow': return super(ColorDistortion, self).on_array(im, row)
-    ops = lambda im, d: im + np.float32(d), _contrast, _saturation, _turn_hue
+    ops = _brightness, _contrast, _saturation, _turn_hue
     for i in map(int, row[4:]):
-        if self.reach[i]: im = ops[i](im, row[i]).clip(0, 1)
+        if self.reach[i]: im = ops[i](im, row[i])
     return im
 
 # %% ../nbs/01_augmentations.ipynb #e38f140a
@@ -456,11 +460,15 @@ class Augmentation:
     def draw(self, rng, width, height):
         "The box and the row of one view of one image."
         box = self.crop.draw(rng, width, height)
-        return box, np.array([v for s in self.steps for v in s.draw(rng)], dtype=np.float32)
-    def draw_views(self, key, width, height)->tuple: # (boxes, rows), one of each for every view
+        return box, [v for s in self.steps for v in s.draw(rng)]
+    def draw_views(self, key, width, height)->tuple: # (boxes, one a view; rows (V, P) float32)
         "What the key (seed, epoch, index of the image) says about its views."
-        if self.one_branch: return self._draw_one_branch(key, width, height)
-        return tuple(zip(*[self.draw(keyed_rng(*key, v), width, height) for v in range(self.n_views)]))
+        if self.one_branch: boxes, rows = self._draw_one_branch(key, width, height)
+        else: boxes, rows = zip(*[self.draw(keyed_rng(*key, v), width, height) for v in range(self.n_views)])
+        return boxes, np.array(rows, dtype=np.float32)
+    def with_views(self, n_views:int)->'Augmentation':
+        "The same augmentation with so many independent views."
+        return Augmentation(self.size, self.crop, *self.steps, n_views=n_views)
 
 # %% ../nbs/01_augmentations.ipynb #c6b9b373
 @patch
@@ -559,4 +567,4 @@ def cut_views(
 def _draw_one_branch(self:Augmentation, key, width, height):
     left, top, right, bottom = shared = RandomResizedCrop().draw(keyed_rng(*key, view=2), width, height)
     (l, t, r, b), row = self.draw(keyed_rng(*key), right - left, bottom - top)
-    return ((left + l, top + t, left + r, top + b), shared), (row, row*0)
+    return ((left + l, top + t, left + r, top + b), shared), (row, [0]*len(row))

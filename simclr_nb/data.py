@@ -11,7 +11,7 @@ __all__ = ['sources', 'BadImage', 'opened', 'upright_rgb', 'open_image', 'ImageS
 # %% ../nbs/00_data.ipynb #390e4fdc
 import os
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -158,6 +158,9 @@ def load_images(
     return _parts(source)[0]
 
 # %% ../nbs/00_data.ipynb #c07065d6
+@lru_cache
+def _key(seed): return np.array([seed, 0], np.uint64)
+
 def keyed_rng(
     seed:int, # of the run
     epoch:int=0,
@@ -165,7 +168,7 @@ def keyed_rng(
     view:int=0, # 0 or 1
 )->np.random.Generator:
     "A generator that depends on these four numbers and on nothing else."
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, view, index, epoch]))
+    return np.random.Generator(np.random.Philox(key=_key(seed), counter=np.array([0, view, index, epoch], np.uint64)))
 
 # %% ../nbs/00_data.ipynb #55c9622a
 def pixels(im:Image.Image)->torch.Tensor: # (3, H, W) uint8
@@ -230,7 +233,7 @@ class Pairs:
         try:
             with opened(self.images.files[i]) as im:
                 boxes, rows = self.augment.draw_views((self.seed, self.epoch, i), *upright_size(im))
-                return cut_all(im, boxes, self.augment.size), np.stack(rows), i
+                return cut_all(im, boxes, self.augment.size), rows, i
         except BadImage:
             self.unreadable[i] = True
             raise SkipItemException from None
