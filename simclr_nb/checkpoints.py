@@ -202,6 +202,7 @@ def _encoder(entries):
     found = sum(bool(re.fullmatch(r'base_model/conv2d(_\d+)?/kernel', n)) for n in entries)
     if not found: raise BadCheckpoint(f'this is no checkpoint of the official code: no name is like base_model/conv2d/kernel. It holds {_some(entries)}')
     k, _, _, c = _kernel(entries, 'base_model/conv2d/kernel', 4)
+    if c > 4096: raise BadCheckpoint(f'base_model/conv2d/kernel has {c} channels; the widest published network has 256')
     if found > 1 and entries.get('base_model/conv2d_1/kernel', Entry(*[()]*6)).shape[:1] == (3,):
         raise BadCheckpoint('this is a SimCLRv2 network with selective kernels (its second convolution is 3 × 3), which is not supported. SimCLRv2 networks with sk0 in their name are')
     depth = _CONVS[min(_CONVS, key=lambda n: abs(n - found))]
@@ -219,9 +220,10 @@ def _head(entries, d):
 def _network(entries):
     "An empty network of the file's shape."
     with torch.device('meta'):
-        encoder, scope = _encoder(entries), 'head_supervised/linear_layer/dense'
+        encoder = _encoder(entries)
         parts = dict(encoder=encoder, head=_head(entries, encoder.feature_dim))
-        if f'{scope}/kernel' in entries: parts['classifier'] = nn.Linear(encoder.feature_dim, _kernel(entries, f'{scope}/kernel', 2)[1], bias=f'{scope}/bias' in entries)
+        if any(n.startswith('head_supervised/') for n in entries):
+            parts['classifier'] = nn.Linear(encoder.feature_dim, _kernel(entries, 'head_supervised/linear_layer/dense/kernel', 2)[1])
     return nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
 
 # %% ../nbs/09_checkpoints.ipynb #84ade68a
@@ -271,10 +273,11 @@ def load_official(
     "Read a checkpoint of the official TensorFlow code; depth and width are found in it."
     prefix = _prefix(path)
     entries, shards = read_index(f'{prefix}.index')
+    files = _data_files(prefix, entries, shards)
     net = _network(entries)
     names = official_names(net)
     _compare(net, names, entries)
-    _fill(net, names, entries, _data_files(prefix, entries, shards))
+    _fill(net, names, entries, files)
     net['encoder'].config |= dict(preprocess='official', source=f'{Path(prefix).name}, a checkpoint of google-research/simclr')
     return Official(*(net[k] if k in net else None for k in ('encoder', 'head', 'classifier')), _bookkeeping(entries, {*names.values()}))
 
