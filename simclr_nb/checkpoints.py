@@ -7,14 +7,13 @@ __all__ = ['BadCheckpoint', 'Entry', 'read_index', 'official_names', 'Official',
            'preprocess', 'torchvision_state', 'export_onnx', 'write_hub', 'convert']
 
 # %% ../nbs/09_checkpoints.ipynb #17d95d00
-import json, math, re, shutil, struct
+import json, math, re
 from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c, numpy as np, torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from .encoder import MaxPoolSame, encoder_config, load_encoder, resnet, save_encoder
+from .encoder import _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
 # %% ../nbs/09_checkpoints.ipynb #1e5218a0
@@ -445,6 +444,6 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     if to == 'hub': return sorted(write_hub(net.encoder, out, **facts).iterdir())
     files = [save_encoder(net.encoder, out/'encoder.safetensors', **facts)]
-    if state: files.append(out/f'{to}.safetensors'); save_file({k: t.contiguous() for k, t in state.items()}, files[-1])
-    if to == 'onnx': files.append(export_onnx(net.encoder, out/'encoder.onnx'))
-    return files
+    if to == 'onnx': return files + [export_onnx(net.encoder, out/'encoder.onnx')]
+    if state: _write({k: t.detach().contiguous() for k, t in state.items()}, out/f'{to}.safetensors', dict(format='pt'))
+    return files + [out/f'{to}.safetensors']*bool(state)
