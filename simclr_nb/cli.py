@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_json', 'save_figure', 'new_run', 'plain_errors', 'describe', 'train_run', 'pretrain', 'rivals', 'draw_run',
-           'seen_unlabelled', 'evaluate']
+           'seen_unlabelled', 'evaluate', 'convert']
 
 # %% ../nbs/10_cli.ipynb #3798ea60
 import warnings
@@ -21,6 +21,7 @@ from fastai.torch_core import default_device, no_random
 from fastcore.script import call_parse, store_true
 from torch import nn
 from . import __version__
+from .checkpoints import convert as convert_encoder
 from .data import BadImage, load_images, train_test
 from .encoder import build_encoder, load_encoder
 from .evaluation import as_table, check_labels, compare, embed, plot_map, plot_neighbours, plot_scores
@@ -164,3 +165,22 @@ def evaluate(
             test_seen_in_pretraining=seen_unlabelled(run, test))))
         draw_run(train, test, bank, queries, scores, run/'figures')
         print(f'report: {run/"report.json"}, pictures: {run/"figures"}')
+
+# %% ../nbs/10_cli.ipynb #4f72a159
+_REMARKS = {'torchvision': 'torchvision pads the pool of its stem otherwise: features are the same only with model.maxpool = simclr_nb.encoder.MaxPoolSame()',
+    'timm': 'timm pads the pool of its stem otherwise: features are the same only with model.maxpool = simclr_nb.encoder.MaxPoolSame()'}
+
+@call_parse
+def convert(
+    checkpoint:str, # of the official TensorFlow code (prefix, .index file or folder), or an encoder.safetensors
+    out:str, # folder for the results
+    to:str=None, # also write for: torchvision, timm, onnx; or, instead: hub, a folder for the Hugging Face hub
+    source:str=None, # where the weights come from, for the description; if not given, the name of the checkpoint
+    licence:str=None, # of the weights, for the description; if not given, apache-2.0 for official checkpoints
+    overwrite:store_true=False, # replace files that are there
+):
+    "Turn a checkpoint into an encoder file, and into what other programs read."
+    with plain_errors():
+        facts = {k: v for k, v in dict(source=source, licence=licence).items() if v}
+        for file in convert_encoder(checkpoint, out, to, overwrite, **facts): print(file)
+        if to in _REMARKS: print(_REMARKS[to])

@@ -11,7 +11,7 @@ import difflib, json, os, re
 from collections import OrderedDict
 from pathlib import Path
 
-import timm, torch, torch.nn.functional as F
+import timm, torch, torch.nn.functional as F, torchvision
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
@@ -114,7 +114,7 @@ def resnet(
     net.feature_dim, net.config = c_in, dict(arch=arch, size=_STEM_SIZE[stem], stem=stem, feature_dim=c_in)
     return net
 
-# %% ../nbs/02_encoder.ipynb #d5c4c0f1
+# %% ../nbs/02_encoder.ipynb #227810ad
 @torch.no_grad()
 def _probe(encoder, size):
     like, modes = next(encoder.parameters(), torch.empty(0)), [(m, m.training) for m in encoder.modules()]
@@ -125,7 +125,7 @@ def _probe(encoder, size):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/02_encoder.ipynb #cdf5376e
+# %% ../nbs/02_encoder.ipynb #050adb82
 def feature_dim(
     encoder:nn.Module, # (B, 3, size, size) to h (B, d)
     size:int=224, # side of the images in pixels
@@ -137,7 +137,7 @@ def feature_dim(
     raise ValueError(f'an encoder turns images (1, 3, {size}, {size}) into features of shape (1, d); this one gives {got}. '
                      'Pool and flatten its output, and take the classifier off.')
 
-# %% ../nbs/02_encoder.ipynb #050adb82
+# %% ../nbs/02_encoder.ipynb #6ca13cb4
 _NAMES = [f'resnet{d}{w}' for d in _LAYOUT for w in ('', '_2x', '_4x')]
 
 def _parse(arch):
@@ -148,9 +148,9 @@ def _parse(arch):
 def _unknown(arch):
     close = difflib.get_close_matches(arch.lower(), {*_NAMES, *timm.list_models()}, n=5)
     return ValueError(f'unknown encoder {arch!r}' + (f'; close to it: {", ".join(close)}' if close else '') +
-        '. Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; any name of timm.list_models(); an nn.Module.')
+        '. Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; any name of timm.list_models(); torchvision/ and a name of torchvision.models; an nn.Module.')
 
-# %% ../nbs/02_encoder.ipynb #b0bd4a36
+# %% ../nbs/02_encoder.ipynb #a3de552e
 def _timm(name, size):
     if not timm.is_model(name): raise _unknown(name)
     make = lambda **kw: timm.create_model(name, pretrained=False, num_classes=0, **kw)
@@ -158,6 +158,21 @@ def _timm(name, size):
     except TypeError as e:
         if 'img_size' not in str(e): raise
         return make()
+
+def _torchvision(name, size):
+    models = torchvision.models.list_models(module=torchvision.models)
+    if name not in models: raise ValueError(f'torchvision has no classification model {name!r}; close to it: {", ".join(difflib.get_close_matches(name, models, n=5, cutoff=0))}')
+    net = torchvision.models.get_model(name, weights=None, **({'image_size': size} if name.startswith('vit') else {}))
+    last = [n for n,m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    if not last: raise ValueError(f"torchvision's {name} has no linear classifier to take off")
+    if hasattr(net, 'aux_logits'): net.aux_logits = False # googlenet, inception_v3: a single output in training too
+    parent, _, child = last[-1].rpartition('.')
+    setattr(net.get_submodule(parent), child, nn.Identity())
+    return net
+
+# %% ../nbs/02_encoder.ipynb #bfd61763
+def _named(arch, size):
+    return _torchvision(arch.removeprefix('torchvision/'), size) if arch.startswith('torchvision/') else _timm(arch.removeprefix('timm/'), size)
 
 def _described(encoder, config):
     "Attach `feature_dim` and `config`, but never write over a `config` that is the module's own."
@@ -170,9 +185,9 @@ def _config(encoder):
     c = getattr(encoder, 'config', None)
     return c if isinstance(c, dict) and {'arch', 'size', 'stem', 'feature_dim'} <= set(c) else {}
 
-# %% ../nbs/02_encoder.ipynb #600fc775
+# %% ../nbs/02_encoder.ipynb #449431f8
 def build_encoder(
-    arch:str|nn.Module, # 'resnet50', 'resnet18_2x', a timm name, 'timm/resnet50' for timm's own; or a module
+    arch:str|nn.Module, # 'resnet50', 'resnet18_2x', a timm name ('timm/resnet50' for timm's own), 'torchvision/vit_b_16'; or a module
     size:int=224, # side of the images in pixels
     stem:str|None=None, # our ResNets only: 'imagenet' or 'cifar'; None: 'cifar' up to 32 px, as in the official code
 )->nn.Module: # (B, 3, size, size) to h (B, feature_dim), with `.feature_dim` and `.config`
@@ -183,11 +198,11 @@ def build_encoder(
         return _described(encoder, encoder.config | dict(arch=arch, size=size))
     if stem: raise ValueError(f'a stem can be chosen for our ResNets only, not for {arch if isinstance(arch, str) else type(arch).__name__}')
     if not isinstance(arch, (str, nn.Module)): raise ValueError(f'arch is a name or an nn.Module, got {arch!r}')
-    encoder = arch if isinstance(arch, nn.Module) else _timm(arch.removeprefix('timm/'), size)
+    encoder = arch if isinstance(arch, nn.Module) else _named(arch, size)
     config = dict(arch=arch if isinstance(arch, str) else None, size=size, stem=None, feature_dim=feature_dim(encoder, size))
     return _described(encoder, _config(encoder) or config)
 
-# %% ../nbs/02_encoder.ipynb #bbff31e0
+# %% ../nbs/02_encoder.ipynb #0eaa5f21
 def _unwrap(encoder):
     "Without DistributedDataParallel and torch.compile around it."
     wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
@@ -208,7 +223,7 @@ def _write(tensors, path, metadata):
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/02_encoder.ipynb #2ecc8682
+# %% ../nbs/02_encoder.ipynb #fe2c5ce8
 _FORMAT = 1
 
 def save_encoder(
@@ -229,7 +244,7 @@ def save_encoder(
     _write(tensors, path, metadata)
     return path
 
-# %% ../nbs/02_encoder.ipynb #f10606e9
+# %% ../nbs/02_encoder.ipynb #7cfba4db
 def encoder_config(
     path:str|Path, # a file from `save_encoder`
 )->dict: # arch, size, stem, feature_dim, format, version, and what the writer added
@@ -243,7 +258,7 @@ def encoder_config(
     if config['format'] > _FORMAT: raise ValueError(f"{path} has format {config['format']}, from simclr_nb {config['version']}; this is {__version__}, which reads up to {_FORMAT}")
     return config
 
-# %% ../nbs/02_encoder.ipynb #0eaa5f21
+# %% ../nbs/02_encoder.ipynb #2b88a919
 def _fill(encoder, tensors, path):
     "Load every tensor into its place, or say which do not fit."
     want = encoder.state_dict()
@@ -254,7 +269,7 @@ def _fill(encoder, tensors, path):
         raise ValueError(f'{path} does not fit the network. ' + ' '.join(f'{len(ks)} {what}: {names(ks)}.' for what,ks in wrong.items() if ks))
     encoder.load_state_dict(tensors)
 
-# %% ../nbs/02_encoder.ipynb #fe2c5ce8
+# %% ../nbs/02_encoder.ipynb #02955bb7
 def load_encoder(
     path:str|Path, # a file from `save_encoder`
     encoder:nn.Module|None=None, # the module to fill, for a file that was saved from a module of your own
