@@ -78,10 +78,12 @@ def _unit_range(x):
 class Guard(Callback):
     "Clear errors for batches that cannot train, losses that are not finite, files that could not be read."
     def before_fit(self): check_batch(len(self.dls.train.dataset), self.dls.train.bs)
-    def after_loss(self):
-        if not torch.isfinite(self.loss):
-            raise FloatingPointError(f'the loss is {self.loss.item()} at step {self.train_iter} (epoch {self.epoch}): '
-                'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
+    def after_pred(self): self.check_finite("the network's output", self.pred)
+    def after_loss(self): self.check_finite('the loss', self.loss)
+    def check_finite(self, what, x):
+        if torch.isfinite(x).all(): return
+        raise FloatingPointError(f'{what} is not finite at step {self.train_iter} (epoch {self.epoch}): '
+            'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
     def after_train(self):
         if not self.seen_any: raise ValueError(self.no_batch_message())
     def before_train(self): self.seen_any = False

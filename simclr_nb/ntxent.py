@@ -25,15 +25,18 @@ def positives(
 def _blocks(
     q, # (2N, D)
     chunk, # rows per block
+    kept, # blocks that are there already, by their first row
 ):
     "Blocks of E: the rows from a on, `chunk` of them, against themselves and all later rows."
     for a in range(0, len(q), chunk):
-        E = (q[a:a+chunk] @ q[a:].T).exp_()
-        E.diagonal().zero_()
+        E = kept.pop(a, None)
+        if E is None:
+            E = (q[a:a+chunk] @ q[a:].T).exp_()
+            E.diagonal().zero_()
         yield a, E
 
 # %% ../nbs/04_ntxent.ipynb #17ad2b23
-_KEEP = 2048 # rows: up to here all blocks together are about 2 million numbers, and kept from the sums to the gradient
+_KEEP = 2**23 # numbers (32 MB): as many of the blocks are kept from the sums to the gradient
 
 def _triangle(
     chunk, # rows per block
@@ -41,14 +44,14 @@ def _triangle(
     q, # (2N, D) rows of length 1/√τ
 ): # the loss, and its gradient with respect to q if that is wanted
     "NT-Xent of q from the upper half of E, made twice: for the sums, for the gradient."
-    R, G, other = q.new_zeros(len(q)), torch.zeros_like(q), q.roll(len(q)//2, 0)
-    blocks = list(_blocks(q, chunk)) if len(q) <= _KEEP else None
-    for a, E in blocks or _blocks(q, chunk):
+    R, G, other, kept, room = q.new_zeros(len(q)), torch.zeros_like(q), q.roll(len(q)//2, 0), {}, _KEEP*grad
+    for a, E in _blocks(q, chunk, {}):
         R[a:a+chunk] += E.sum(1)
         R[a+chunk:] += E[:, chunk:].sum(0)
+        if (room := room - E.numel()) >= 0: kept[a] = E
     loss, r = (R.log() - (q*other).sum(1)).mean(), 1/R
     if not grad: return loss,
-    for a, E in blocks or _blocks(q, chunk):
+    for a, E in _blocks(q, chunk, kept):
         E *= r[a:a+chunk, None] + r[a:]
         G[a:a+chunk].addmm_(E, q[a:])
         G[a+chunk:].addmm_(E[:, chunk:].T, q[a:a+chunk])
