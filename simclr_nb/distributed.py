@@ -63,46 +63,50 @@ def gather_rows(
     return _Gather.apply(z.contiguous()), dist.get_rank()*len(z)
 
 # %% ../nbs/06_distributed.ipynb #2ee92f09
-def _pooled(mean, var, n):
-    "Mean, variance and number of what all processes hold; (C,), (C,) and an int of this one."
-    rows = _gathered(torch.cat([mean, var, mean.new_full((1,), n)])[None])
-    mean, var, n = rows[:, :len(mean)], rows[:, len(mean):-1], rows[:, -1:]
-    all_mean = (n*mean).sum(0)/n.sum()
-    return all_mean, (n*(var + (mean - all_mean)**2)).sum(0)/n.sum(), n.sum()
+def _combined(mean, var, n):
+    "Mean and variance (C,) and number of everything, from those of each process; (W, C), (W, C) and (W, 1)."
+    together = (n*mean).sum(0)/n.sum()
+    return together, (n*(var + (mean - together)**2)).sum(0)/n.sum(), n.sum()
 
-# %% ../nbs/06_distributed.ipynb #11956a3b
+def _but_channels(x): return [d for d in range(x.ndim) if d != 1]
+
+def _statistics(x):
+    "Mean, variance and number of each channel over all processes: one message of 2C + 1 numbers."
+    var, mean = torch.var_mean(x, _but_channels(x), correction=0)
+    own = torch.cat([mean, var, mean.new_full((1,), x.numel()//len(mean))])
+    return _combined(*_gathered(own[None]).split([len(mean), len(mean), 1], dim=1))
+
+def _track(running, new, momentum):
+    if running is not None: running.lerp_(new.to(running.dtype), momentum)
+
+# %% ../nbs/06_distributed.ipynb #805733b2
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx, x, running_mean, running_var, weight, bias, momentum, eps):
         up = x.float() if x.itemsize < 4 else x             # statistics of half-precision rows in single precision
-        var, mean = torch.var_mean(up, [d for d in range(x.ndim) if d != 1], correction=0)
-        mean, var, count = _pooled(mean, var, x.numel()//x.shape[1])
+        mean, var, count = _statistics(up)
+        _track(running_mean, mean, momentum)
+        _track(running_var, var*count/(count - 1), momentum)        # unbiased, as in PyTorch
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
-        ctx.mark_non_differentiable(mean, var, count)
-        return F.batch_norm(up, mean, var, weight, bias, eps=eps).to(x.dtype), mean, var, count
-
+        return F.batch_norm(up, mean, var, weight, bias, eps=eps).to(x.dtype)
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy):
         x, weight, mean, inv, count = ctx.saved_tensors
-        dims, wide = [d for d in range(x.ndim) if d != 1], (1, -1) + (1,)*(x.ndim - 2)
+        dims, wide = _but_channels(x), (1, -1) + (1,)*(x.ndim - 2)
         xhat, dy = (x - mean.view(wide))*inv.view(wide), dy.to(mean.dtype)
         own = torch.stack([dy.sum(dims), (dy*xhat).sum(dims)])
         dist.all_reduce(everybodys := own.clone())
-        shift, tilt = (everybodys/count).unbind()
-        dx = (dy - shift.view(wide) - xhat*tilt.view(wide))*(inv if weight is None else inv*weight).view(wide)
-        return dx.to(x.dtype), None if weight is None else own[1], own[0] if ctx.needs_input_grad[2] else None, None
+        shift, tilt = (everybodys/count).view(2, *wide)
+        dx = (-xhat*tilt - shift + dy)*(inv if weight is None else inv*weight).view(wide)
+        return dx.to(x.dtype), None, None, None if weight is None else own[1], own[0] if ctx.needs_input_grad[4] else None, None, None
 
-# %% ../nbs/06_distributed.ipynb #805733b2
+# %% ../nbs/06_distributed.ipynb #d0033135
 def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=True, momentum=.1, eps=1e-5):
     "`F.batch_norm` in training, over all processes."
-    y, mean, var, count = _Normalise.apply(x, weight, bias, eps)
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var*count/(count - 1)).to(running_var.dtype), momentum)     # unbiased, as in PyTorch
-    return y
+    return _Normalise.apply(x, running_mean, running_var, weight, bias, momentum, eps)
 
-# %% ../nbs/06_distributed.ipynb #f61115c2
+# %% ../nbs/06_distributed.ipynb #285ccf6d
 class _Everywhere(TorchFunctionMode):
     "While it is on, `F.batch_norm` means all processes."
     def __torch_function__(self, f, types, args=(), kwargs=None):
@@ -117,7 +121,7 @@ class _Global:
 class GlobalBatchNorm1d(_Global, nn.BatchNorm1d): "`nn.BatchNorm1d` with the statistics of all processes."
 class GlobalBatchNorm2d(_Global, nn.BatchNorm2d): "`nn.BatchNorm2d` with the statistics of all processes."
 
-# %% ../nbs/06_distributed.ipynb #10e41cf2
+# %% ../nbs/06_distributed.ipynb #0b4ecf46
 _global = {nn.BatchNorm1d: GlobalBatchNorm1d, nn.BatchNorm2d: GlobalBatchNorm2d}
 
 def global_batch_norm(
@@ -131,7 +135,7 @@ def global_batch_norm(
             m.__class__ = _global[kind]
     return model
 
-# %% ../nbs/06_distributed.ipynb #b9d34d9b
+# %% ../nbs/06_distributed.ipynb #bb7af9b4
 @contextmanager
 def _held_statistics(model):
     "Batch norm normalises as ever, and does not count the batch."
@@ -147,7 +151,7 @@ def _twice(model, f, *args):
     if not torch.is_grad_enabled(): return f(*args)
     return checkpoint(f, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _held_statistics(model)))
 
-# %% ../nbs/06_distributed.ipynb #cfaa08ca
+# %% ../nbs/06_distributed.ipynb #74f9ce26
 class _InPieces:
     "A model's `forward` on (2N, …) rows, a few images at a time."
     def __init__(self, model, micro_batch): self.model, self.plain, self.micro_batch = model, model.forward, micro_batch
@@ -159,7 +163,7 @@ class _InPieces:
         zs = [_twice(self.model, self.piece, *views) for views in zip(*(v.tensor_split(n) for v in x.chunk(2)))]
         return torch.cat([torch.cat(half) for half in zip(*(z.chunk(2) for z in zs))])
 
-# %% ../nbs/06_distributed.ipynb #834d7411
+# %% ../nbs/06_distributed.ipynb #f6f6a231
 class CachedGradients(Callback):
     "The loss over the whole batch, the model in micro-batches; one more forward pass, exact gradients."
     def __init__(self,
@@ -177,7 +181,7 @@ class CachedGradients(Callback):
         "The model's own `forward` again."
         if isinstance(vars(model).get('forward'), _InPieces): del model.forward
 
-# %% ../nbs/06_distributed.ipynb #9a125fb9
+# %% ../nbs/06_distributed.ipynb #3ab4ee3b
 def _blocks(model):
     "The outermost modules with parts of their own that stand in an `nn.Sequential`: residual blocks, transformer layers."
     for child in model.children():

@@ -31,13 +31,13 @@ class Encoder(nn.Module):
     def forward(self, x): return self.net(x.to(self.dtype))
 
 
-def pretrained(*cbs, encoder=None, extra=(), bs=16, **kwargs):
+def pretrained(*cbs, encoder=None):
     "A learner after two epochs with LARS, by the rules of `pretrain`."
-    learn = simclr_learner(CELLS, encoder or Encoder(), augment=SOLAR, head=kwargs.pop('head', 'none'), num_workers=0, **kwargs)
+    learn = simclr_learner(CELLS, encoder or Encoder(), augment=SOLAR, head='none', num_workers=0, splitter=param_groups)
     plain = learn.loss_func
     learn.loss_func = lambda z, *t: plain(z, *t).float()        # fastai's recorder wants single precision
     learn.remove_cbs(ProgressCallback)
-    with learn.no_logging(): learn.pretrain(2, bs=bs, lr=3., cbs=list(cbs))
+    with learn.no_logging(): learn.pretrain(2, bs=16, lr=3., cbs=list(cbs))
     return learn
 
 
@@ -48,6 +48,7 @@ def weights(learn): return {k: v.detach().clone() for k,v in learn.model.state_d
 def test_lars_steps_of_a_learner_are_those_of_the_whole_batch(micro_batch):
     whole, pieces = pretrained(), pretrained(CachedGradients(micro_batch))
     assert isinstance(whole.opt.opt, LARS) and len(whole.recorder.losses) == 6
+    assert [(len(g['params']), g['adapt']) for g in whole.opt.opt.param_groups] == [(2, True), (4, False)]      # 2 convolutions; their biases, a norm
     assert (weights(whole)['encoder.net.0.weight'] - Encoder().net[0].weight).abs().max() > 1e-4, 'nothing was learnt'
     for k, v in weights(whole).items(): torch.testing.assert_close(weights(pieces)[k], v, rtol=1e-10, atol=1e-12)
     for a, b in zip(whole.recorder.losses, pieces.recorder.losses, strict=True): torch.testing.assert_close(a, b)
@@ -62,10 +63,7 @@ def test_checkpointed_blocks_with_batch_norm_in_a_learner():
         return nn.Sequential(Cast(), build_encoder('resnet18_0.25x', 32).double())
     class Cast(nn.Module):
         def forward(self, x): return x.double()
-    def run(encoder):
-        learn = pretrained(encoder=encoder)
-        return weights(learn)
-    whole, thin = run(double()), run(checkpoint_activations(double()))
+    whole, thin = (weights(pretrained(encoder=f(double()))) for f in (nn.Identity(), checkpoint_activations))
     assert whole.keys() == thin.keys()
     for k, v in whole.items(): torch.testing.assert_close(thin[k], v, rtol=1e-9, atol=1e-10, msg=k)
     assert any(k.endswith('num_batches_tracked') and v == 6 for k,v in thin.items())

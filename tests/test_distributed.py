@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.distributed import CachedGradients, checkpoint_activations, gather_rows, global_batch_norm
+from simclr_nb.distributed import CachedGradients, _batch_norm, checkpoint_activations, gather_rows, global_batch_norm
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.projection import projection_head
@@ -321,6 +321,26 @@ def test_batch_norm_of_unequal_shares(told, kind):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, **(dict(rtol=1e-5, atol=1e-5) if low else tol))
     if kind == 'channels_last': assert rank0['y'].is_contiguous(memory_format=torch.channels_last) and rank0['dx'].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('device, backend', [('cpu', 'gloo'), pytest.param('cuda', 'nccl', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))])
+@pytest.mark.parametrize('kind', ['maps', 'scale_only', 'bare', 'channels_last', 'single', 'half', 'brain'])
+def test_the_function_alone_on_a_device(tmp_path, device, backend, kind):
+    "A group of one process, so that the collectives run on the device."
+    bn, x, weigh = batch_norms()[kind]
+    x, weigh, bn = x.to(device), weigh.to(device), bn.to(device)
+    dist.init_process_group(backend, store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    try:
+        results = []
+        for f in (F.batch_norm, _batch_norm):
+            v, ps, mean, var = x.clone().requires_grad_(), copy.deepcopy(list(bn.parameters())), bn.running_mean.clone(), bn.running_var.clone()
+            weight, bias = (ps + [None, None])[:2]
+            y = f(v, mean, var, weight, bias, training=True, momentum=.3)
+            results.append([y, *torch.autograd.grad((y.to(weigh.dtype)*weigh).sum(), [v, *ps]), mean, var])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype and a.stride() == b.stride()
+            torch.testing.assert_close(a, b, **(dict(rtol=2e-2, atol=2e-2) if x.dtype.itemsize < 4 else dict(rtol=1e-4, atol=1e-4)))
+    finally: dist.destroy_process_group()
 
 
 def test_unequal_shapes_are_refused_by_all_and_nothing_hangs(told):
