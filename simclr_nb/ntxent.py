@@ -7,6 +7,7 @@ __all__ = ['positives', 'nt_xent', 'contrastive_accuracy', 'contrastive_entropy'
            'margin_triplet', 'sup_con']
 
 # %% ../nbs/04_ntxent.ipynb #238c2592
+import math
 from functools import partial
 from typing import Callable
 
@@ -44,18 +45,19 @@ def _triangle(
     q, # (2N, D) rows of length 1/√τ
 ): # the loss, and its gradient with respect to q if that is wanted
     "NT-Xent of q from the upper half of E, made twice: for the sums, for the gradient."
-    R, G, other, kept, room = q.new_zeros(len(q)), torch.zeros_like(q), q.roll(len(q)//2, 0), {}, _KEEP*grad
+    other, R, kept, room = q.roll(len(q)//2, 0), q.new_zeros(len(q)), {}, _KEEP*grad
     for a, E in _blocks(q, chunk, {}):
         R[a:a+chunk] += E.sum(1)
-        R[a+chunk:] += E[:, chunk:].sum(0)
+        if E.shape[1] > chunk: R[a+chunk:] += E[:, chunk:].sum(0)
         if (room := room - E.numel()) >= 0: kept[a] = E
-    loss, r = (R.log() - (q*other).sum(1)).mean(), 1/R
+    loss = (R.log() - (q*other).sum(1)).mean()
     if not grad: return loss,
+    G, r = -2*other, 1/R
     for a, E in _blocks(q, chunk, kept):
         E *= r[a:a+chunk, None] + r[a:]
         G[a:a+chunk].addmm_(E, q[a:])
-        G[a+chunk:].addmm_(E[:, chunk:].T, q[a:a+chunk])
-    return loss, (G - 2*other)/len(q)
+        if E.shape[1] > chunk: G[a+chunk:].addmm_(E[:, chunk:].T, q[a:a+chunk])
+    return loss, G.div_(len(q))
 
 # %% ../nbs/04_ntxent.ipynb #fb762f8d
 def _stripe(rows, keys, me, pos):
@@ -110,7 +112,7 @@ def _check_rows(z, temperature):
     return z if z.dtype == torch.float64 else z.float()
 
 def _check_finite(loss, keys):
-    if torch.isfinite(loss): return loss
+    if math.isfinite(loss.item()): return loss
     bad = (~keys.isfinite().all(1)).sum().item()
     if not bad: return loss
     raise ValueError(f'nt_xent got {bad} of {len(keys)} rows with values that are not finite, so the loss is {loss.item()}. '
