@@ -73,7 +73,7 @@ def _buckets(ps):
     buckets, seen = defaultdict(list), Counter()
     for p in ps:
         kind = p.device, p.dtype
-        buckets[kind, seen[kind]//2**20 if p.is_cpu else 0].append(p)
+        buckets[kind, seen[kind]//2**18 if p.is_cpu else 0].append(p)
         seen[kind] += p.numel()
     return buckets.values()
 
