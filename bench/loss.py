@@ -96,7 +96,7 @@ def measure(name, n, dim, tau, reps, threads, device):
 def in_own_process(name, n, args, reps):
     command = [sys.executable, __file__, '--only', name, '--n', n, '--dim', args.dim, '--tau', args.tau, '--reps', reps,
                '--threads', args.threads, '--device', args.device]
-    env = os.environ | dict(OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY='PASSIVE')  # waiting threads leave the cores to others
+    env = os.environ | dict(OMP_NUM_THREADS=str(args.threads))
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
     if done.returncode: sys.exit(f'{name} failed:\n{done.stderr}')
     return json.loads(done.stdout.splitlines()[-1])

@@ -122,7 +122,7 @@ def _check_finite(loss, keys):
 
 # %% ../nbs/04_ntxent.ipynb #d6901c8f
 def _check_chunk(chunk, device):
-    if chunk is None: return 256 if device.type == 'cpu' else 1024
+    if chunk is None: return 192 if device.type == 'cpu' else 1024
     if chunk < 1: raise ValueError(f'chunk is the number of rows computed at a time, at least 1; got {chunk}')
     return chunk
 
@@ -132,7 +132,7 @@ def nt_xent(
     temperature:float=.1, # τ, above 0; 0.1 is the best of the paper's table 5
     normalize:bool=True, # True: cosine similarity, as in the paper; False: plain dot product
     gather:Callable|None=None, # z to (rows of all processes, index of the first own row); `simclr_nb.distributed.gather_rows`
-    chunk:int|None=None, # rows computed at a time, for speed and memory only; None: 256 on a CPU, 1024 elsewhere
+    chunk:int|None=None, # rows computed at a time, for speed and memory only; None: 192 on a CPU, 1024 elsewhere
 )->Tensor: # scalar, in nats: the mean over the 2N rows
     "The paper's contrastive loss, equation 1, averaged over all 2N rows; memory grows with N, not with N²."
     z, chunk = _check_rows(z, temperature), _check_chunk(chunk, z.device)
