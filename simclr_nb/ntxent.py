@@ -79,17 +79,15 @@ def _stripes(
 ): # the loss, and its gradients with respect to q and keys if they are wanted
     "NT-Xent of the rows q against all keys, some rows at a time."
     n, pos = len(q), first + positives(len(q), q.device)
-    loss, G, H = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(keys)
+    loss, G, H = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(keys).index_copy(0, pos, -q)
     for a in range(0, n, chunk):
         rows = slice(a, a+chunk)
         losses, E, R = _stripe(q[rows], keys, first + a, pos[rows])
         loss += losses.sum()
         if grad:
-            G[rows] = E @ keys / R
+            G[rows] = E @ keys / R - keys[pos[rows]]
             H.addmm_(E.T, q[rows]/R)
     if not grad: return loss/n,
-    G -= keys[pos]
-    H[pos] -= q
     return loss/n, G/n, H/n
 
 # %% ../nbs/04_ntxent.ipynb #9bea81eb
