@@ -19,13 +19,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import no_random
+from fastai.torch_core import no_random, trainable_params
 from torch import Tensor, nn
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, Pairs, check_batch, load_images, pair_loaders
-from .distributed import gather_rows
+from .distributed import checkpoint_activations, gather_rows
 from .encoder import build_encoder, save_encoder as encoder_file
-from .lars import LARS, learning_rate, peak_lr
+from .lars import LARS, param_groups, peak_lr, rate_schedule
 from .ntxent import contrastive_accuracy, contrastive_entropy, nt_xent, positives
 from .projection import projection_head
 
@@ -79,10 +79,12 @@ def _unit_range(x):
 class Guard(Callback):
     "Clear errors for batches that cannot train, losses that are not finite, files that could not be read."
     def before_fit(self): check_batch(len(self.dls.train.dataset), self.dls.train.bs)
-    def after_loss(self):
-        if not torch.isfinite(self.loss):
-            raise FloatingPointError(f'the loss is {self.loss.item()} at step {self.train_iter} (epoch {self.epoch}): '
-                'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
+    def after_pred(self): self.check_finite("the network's output", self.pred)
+    def after_loss(self): self.check_finite('the loss', self.loss)
+    def check_finite(self, what, x):
+        if torch.isfinite(x).all(): return
+        raise FloatingPointError(f'{what} is not finite at step {self.train_iter} (epoch {self.epoch}): '
+            'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
     def after_train(self):
         if not self.seen_any: raise ValueError(self.no_batch_message())
     def before_train(self): self.seen_any = False
@@ -129,12 +131,13 @@ def simclr_learner(
     arch='resnet50', # see `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', a timm name, an nn.Module
     size:int|None=None, # side of the views, pixels; None: 224, less for the small sets that have a name
     augment:Augmentation|None=None, # None: the recipe that suits the source
-    head:str='nonlinear', # 'none', 'linear' or 'nonlinear'
+    head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, dim)
     dim:int=128, # length of z
     temperature:float=.1, # τ of the loss
     opt:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
+    checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `opt`
 )->Learner:
     "A fastai `Learner` for SimCLR; train it with `pretrain`, then take its `encoder`."
@@ -144,11 +147,13 @@ def simclr_learner(
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
     with no_random(seed):
         encoder = build_encoder(arch, size)
-        model = SimCLR(encoder, projection_head(encoder.feature_dim, head, dim)).to(memory_format=like)
+        head = head if isinstance(head, nn.Module) else projection_head(encoder.feature_dim, head, dim)
+        model = SimCLR(encoder, head).to(memory_format=like)
+    if checkpoint: checkpoint_activations(encoder)
     metrics = [AvgMetric(_OnPairs(f, temperature)) for f in (contrastive_accuracy, contrastive_entropy)] + L(kwargs.pop('metrics', None))
-    learn = Learner(_loaders(images, augment, seed, num_workers), model, NTXentLoss(temperature), metrics=metrics,
-        **{'opt_func': optimizers[opt], **kwargs})
-    learn.opt_name = None if 'opt_func' in kwargs else opt
+    mine = {} if 'opt_func' in kwargs else {'opt_func': optimizers[opt], 'splitter': param_groups if opt == 'lars' else trainable_params}
+    learn = Learner(_loaders(images, augment, seed, num_workers), model, NTXentLoss(temperature), metrics=metrics, **{**mine, **kwargs})
+    learn.opt_name = opt if mine else None
     learn.default_bs = data.train.bs if isinstance(data, DataLoaders) else 256
     learn.add_cbs([TwoViews(augment, seed, like), Guard()])
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
@@ -192,8 +197,7 @@ def pretrain(self:Learner,
     steps = len(self.dls.train)
     total, warm = steps*epochs, round(steps*(min(10, epochs/10) if warmup is None else warmup))
     peak = peak_lr(self.dls.train.bs, rule) if lr is None else lr
-    def rate(pct): return learning_rate(round(pct*total), total_steps=total, warmup_steps=warm, base=peak)
-    self.fit(epochs, lr=peak, cbs=[ParamScheduler({'lr': rate}), *L(cbs)])
+    self.fit(epochs, lr=peak, cbs=[ParamScheduler({'lr': rate_schedule(total, warm, peak)}), *L(cbs)])
 
 @patch
 def set_batch_size(self:Learner, bs:int|None):
@@ -224,7 +228,7 @@ def save_encoder(self:Learner,
     "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
     encoder_file(self.model.encoder, path, size=self.two_views.augment.size, seed=self.two_views.seed, **config)
 
-# %% ../nbs/07_learner.ipynb #7f0a86ac
+# %% ../nbs/07_learner.ipynb #83d8a588
 class OneView(TwoViews):
     "Makes one view of each image and takes its label as the target."
     def before_fit(self): self.labels = torch.as_tensor(self.dls.train.dataset.images.labels, dtype=torch.long)
@@ -232,7 +236,7 @@ class OneView(TwoViews):
         views, (idxs,) = self.views(*self.xb), self.yb
         self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (self.labels[idxs.cpu()].to(views.device),)
 
-# %% ../nbs/07_learner.ipynb #76b6d3b3
+# %% ../nbs/07_learner.ipynb #e98d64af
 def supervised_learner(
     data, # folder with a subfolder for each class, name of a source, or `ImageSet` with labels
     arch='resnet50', # see `build_encoder`

@@ -1,0 +1,76 @@
+"One LARS step on the tensors of ResNet-50 with its head, beside lightly's LARS: time and memory, as JSON."
+import argparse, json, statistics, time
+
+import lightly, torch
+from lightly.utils.lars import LARS as LightlyLARS
+from simclr_nb.encoder import build_encoder
+from simclr_nb.lars import LARS, excluded, param_groups
+from simclr_nb.projection import projection_head
+from torch import nn
+
+
+def network(arch, device):
+    "Encoder and head, with a gradient of plausible size on every tensor."
+    encoder = build_encoder(arch)
+    model = nn.Sequential(encoder, projection_head(encoder.feature_dim)).to(device)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters(): p.grad = .01*torch.randn(p.shape, generator=g).to(device)
+    return model
+
+
+def ours(model): return LARS(model, lr=.1, momentum=.9, weight_decay=1e-6)
+
+
+def lightlys(model):
+    "lightly leaves a group alone where its weight decay is 0."
+    weights, rest = (g['params'] for g in param_groups(model))
+    return LightlyLARS([dict(params=weights), dict(params=rest, weight_decay=0.)], lr=.1, momentum=.9, weight_decay=1e-6)
+
+
+def contestants(arch, device):
+    "Each with a network of its own, all with the same numbers."
+    torch.manual_seed(0)
+    first = network(arch, device)
+    models = {'ours': first, 'lightly': network(arch, device)}
+    models['lightly'].load_state_dict(first.state_dict())
+    return {'ours': ours(models['ours']), 'lightly': lightlys(models['lightly'])}, models
+
+
+def finish(device):
+    if device.startswith('cuda'): torch.cuda.synchronize()
+
+
+def milliseconds(optimisers, device, rounds, warm=3):
+    "Medians of steps taken in turns, so that a busy moment of the machine hits everybody; the order turns too."
+    times = {k: [] for k in optimisers}
+    for i in range(warm + rounds):
+        for k in list(optimisers)[::1 if i % 2 else -1]:
+            finish(device)
+            start = time.perf_counter()
+            optimisers[k].step()
+            finish(device)
+            if i >= warm: times[k].append(1e3*(time.perf_counter() - start))
+    return {k: round(statistics.median(v), 3) for k,v in times.items()}
+
+
+def apart(models):
+    "How far the weights of the two lie apart, by the norm of ours: the same decay and a rate that stays, so nearly nothing."
+    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models.values())
+    return ((a - b).norm()/a.norm()).item()
+
+
+if __name__ == '__main__':
+    ask = argparse.ArgumentParser(description=__doc__)
+    ask.add_argument('--arch', default='resnet50')
+    ask.add_argument('--device', default='cpu')
+    ask.add_argument('--rounds', type=int, default=30)
+    args = ask.parse_args()
+    optimisers, models = contestants(args.arch, args.device)
+    for optimiser in optimisers.values(): optimiser.step()
+    difference = apart(models)
+    assert difference < 1e-5, f'the two do not take the same first step: {difference}'
+    ms = milliseconds(optimisers, args.device, args.rounds)
+    ps = list(models['ours'].parameters())
+    print(json.dumps(dict(arch=args.arch, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, lightly=lightly.__version__,
+        tensors=len(ps), excluded=len(excluded(models['ours'])), numbers=sum(p.numel() for p in ps), rounds=args.rounds, ms=ms,
+        first_step_apart=difference, ratio_time_lightly=round(ms['lightly']/ms['ours'], 3)), indent=1))
