@@ -15,7 +15,6 @@ import cv2, numpy as np, torch
 from fastai.data.transforms import get_image_files
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 from simclr_nb.augmentations import ColorDistortion, RandomBlur, make_views, simclr_augmentations
 from simclr_nb.data import ImageSet, Pairs, keyed_rng, open_image, opened, pixels, cut_all
@@ -61,11 +60,11 @@ def lightlys(files, size, bs, device):
 def torchvisions(files, size, bs, device):
     s = .5 if small(size) else 1.
     blur = [] if small(size) else [v2.RandomApply([v2.GaussianBlur(2*(size//20) + 1, (.1, 2.))], p=.5)]
-    transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(.8*s, .8*s, .8*s, .2*s)], p=.8), v2.RandomGrayscale(.2), *blur, v2.ToDtype(torch.float32, scale=True)])
+    transform = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(.8*s, .8*s, .8*s, .2*s)], p=.8),
+        v2.RandomGrayscale(.2), *blur, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     def run():
         for i in range(0, len(files), bs):
-            ims = [decode_image(read_file(str(f)), ImageReadMode.RGB) for f in files[i:i + bs]]
+            ims = [Image.open(f).convert('RGB') for f in files[i:i + bs]]
             views = torch.stack([transform(im) for _ in range(2) for im in ims]).to(device)
         return views
     return run
