@@ -21,7 +21,16 @@ from torchvision.transforms import v2
 from .data import keyed_rng
 
 # %% ../nbs/01_augmentations.ipynb #84e4a335
-def _per_image(p, x): return torch.as_tensor(p, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+def _check_images(x):
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f'expected float images (B, 3, H, W) in [0, 1], got {tuple(x.shape)} of {x.dtype}')
+
+def _per_image(p, x):
+    "A parameter as (B, 1, 1, 1) or (1, 1, 1, 1)."
+    _check_images(x)
+    p = torch.as_tensor(p, dtype=x.dtype, device=x.device)
+    if p.numel() not in (1, len(x)): raise ValueError(f'{len(x)} images take one parameter or {len(x)}, got {p.numel()}')
+    return p.reshape(-1, 1, 1, 1)
 
 # %% ../nbs/01_augmentations.ipynb #8ad00c44
 def _cubic(d):
@@ -44,10 +53,14 @@ def crop_resize(
     size:int, # side of the result, pixels
 )->Tensor: # (B, 3, size, size) in [0, 1]
     "Cut a box out of each image and scale it to a square: bicubic, antialiased."
-    box = torch.as_tensor(box, dtype=x.dtype, device=x.device).expand(len(x), 4)
-    left, top, right, bottom = box.unbind(1)
-    rows, cols = _resampling(top, bottom, x.shape[2], size), _resampling(left, right, x.shape[3], size)
-    return (rows[:,None] @ x @ cols[:,None].mT).clamp(0, 1)
+    _check_images(x)
+    left, top, right, bottom = ends = torch.as_tensor(box).expand(len(x), 4).T
+    if not ((0 <= ends[:2]) & (ends[:2] + 1 <= ends[2:]) & (ends[2:] <= torch.tensor([[x.shape[3]], [x.shape[2]]], device=ends.device))).all():
+        raise ValueError(f'a box must hold a pixel or more and lie within the image of {x.shape[3]} x {x.shape[2]}, got {ends.T.tolist()}')
+    exact = torch.promote_types(x.dtype, torch.float32)
+    vertical = _resampling(top.to(x.device, exact), bottom.to(x.device, exact), x.shape[2], size).to(x.dtype)
+    horizontal = _resampling(left.to(x.device, exact), right.to(x.device, exact), x.shape[3], size).to(x.dtype)
+    return (vertical[:,None] @ x @ horizontal[:,None].mT).clamp(0, 1)
 
 # %% ../nbs/01_augmentations.ipynb #ac8814a0
 def _between(u, ends): return ends[0] + u*(ends[1] - ends[0])
@@ -71,11 +84,12 @@ class RandomResizedCrop:
                 return left, top, left + w, top + h
         return 0, 0, width, height
 
+# %% ../nbs/01_augmentations.ipynb #a1ce97b0
 class NoCrop:
     "Takes every image whole."
     def draw(self, rng, width, height): return 0, 0, width, height
 
-# %% ../nbs/01_augmentations.ipynb #1c87819b
+# %% ../nbs/01_augmentations.ipynb #5c648473
 class Step:
     "A random operation: a row of `columns` numbers says what is done to an image, zeros leave it alone."
     columns = 1
@@ -94,7 +108,7 @@ class Step:
         who = rows.any(1).nonzero().flatten()
         return x.index_copy(0, who, self.apply(x[who], rows[who]).clamp(0, 1)) if len(who) else x
 
-# %% ../nbs/01_augmentations.ipynb #7f272386
+# %% ../nbs/01_augmentations.ipynb #a8ab22b3
 def flip(
     x:Tensor, # (B, 3, H, W)
     on, # truth per image
@@ -108,11 +122,11 @@ def rotate(
 )->Tensor: # (B, 3, S, S)
     "Turn each image by quarters."
     if x.shape[2] != x.shape[3]: raise ValueError(f'quarter turns take square images, got {tuple(x.shape)}')
-    out, turns = x, _per_image(turns, x)
+    out, turns = x, _per_image(turns, x) % 4
     for k in (1, 2, 3): out = torch.where(turns == k, x.rot90(k, (2, 3)), out)
     return out
 
-# %% ../nbs/01_augmentations.ipynb #55b7812e
+# %% ../nbs/01_augmentations.ipynb #0686b8d1
 class RandomFlip(Step):
     "Mirrors left and right."
     def apply(self, x, rows): return flip(x, rows[:,0])
@@ -123,7 +137,7 @@ class RandomQuarterTurn(Step):
     def params(self, rng): return [rng.integers(1, 4)]
     def apply(self, x, rows): return rotate(x, rows[:,0])
 
-# %% ../nbs/01_augmentations.ipynb #a5a636cd
+# %% ../nbs/01_augmentations.ipynb #1b40156d
 def adjust_brightness(
     x:Tensor, # (B, 3, H, W)
     delta, # the change, per image; 0: none
@@ -133,7 +147,7 @@ def adjust_brightness(
     delta = _per_image(delta, x)
     return x + delta if additive else x*(1 + delta)
 
-# %% ../nbs/01_augmentations.ipynb #1b40156d
+# %% ../nbs/01_augmentations.ipynb #8688160d
 def adjust_contrast(
     x:Tensor, # (B, 3, H, W)
     factor, # 0: flat, 1: as it is; per image
@@ -142,26 +156,28 @@ def adjust_contrast(
     mean = x.mean((2, 3), keepdim=True)
     return mean + (x - mean)*_per_image(factor, x)
 
-# %% ../nbs/01_augmentations.ipynb #8688160d
+# %% ../nbs/01_augmentations.ipynb #e081d2b0
+def _tiny(x): return max(1e-12, torch.finfo(x.dtype).tiny)
+
 def adjust_saturation(
     x:Tensor, # (B, 3, H, W) in [0, 1]
     factor, # 0: grey, 1: as it is; per image
 )->Tensor: # in [0, 1]
     "Multiply the saturation of HSV, at most up to 1, as TensorFlow does."
     v, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    full = v / (v - low).clamp(min=1e-12)                # the factor that makes S = 1
+    full = v / (v - low).clamp(min=_tiny(x))             # the factor that makes S = 1
     return v - (v - x)*torch.minimum(_per_image(factor, x), full)
 
-# %% ../nbs/01_augmentations.ipynb #e081d2b0
+# %% ../nbs/01_augmentations.ipynb #0bf832b4
 def _hue(x):
     "(B, 1, H, W) position on the colour circle, times 6."
     r, g, b = x.unbind(1)
     v, low = x.amax(1), x.amin(1)
-    c = (v - low).clamp(min=1e-12)
+    c = (v - low).clamp(min=_tiny(x))
     h = torch.where(v == r, (g - b)/c, torch.where(v == g, 2 + (b - r)/c, 4 + (r - g)/c))
     return h[:,None]
 
-# %% ../nbs/01_augmentations.ipynb #24a39ae4
+# %% ../nbs/01_augmentations.ipynb #824190dd
 def adjust_hue(
     x:Tensor, # (B, 3, H, W) in [0, 1]
     shift, # turn of the colour circle; 1 is all the way round; per image
@@ -173,17 +189,18 @@ def adjust_hue(
     k = 6*(k - k.floor())
     return v - (v - low)*torch.minimum(k, 4 - k).clamp(0, 1)
 
-# %% ../nbs/01_augmentations.ipynb #824190dd
+# %% ../nbs/01_augmentations.ipynb #02f8deeb
 luma = .2989, .587, .114                                 # TensorFlow's and torchvision's weights of R, G, B
 
 def to_grayscale(
     x:Tensor, # (B, 3, H, W)
 )->Tensor: # (B, 3, H, W), three equal channels
     "Luma 0.2989 R + 0.587 G + 0.114 B."
+    _check_images(x)
     weights = torch.tensor(luma, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
     return (x*weights).sum(1, keepdim=True).expand_as(x)
 
-# %% ../nbs/01_augmentations.ipynb #e4c0e9cf
+# %% ../nbs/01_augmentations.ipynb #3bb65f8b
 def blend_contrast(
     x:Tensor, # (B, 3, H, W)
     factor, # 0: flat, 1: as it is; per image
@@ -200,14 +217,14 @@ def blend_saturation(
     grey = to_grayscale(x)
     return grey + (x - grey)*_per_image(factor, x)
 
-# %% ../nbs/01_augmentations.ipynb #5dd00a84
+# %% ../nbs/01_augmentations.ipynb #37e83273
 def scale_brightness(x, delta): return adjust_brightness(x, delta, additive=False)
 
 colour_definitions = {                                   # brightness (0: unchanged), contrast (1), saturation (1), hue (0)
     'tensorflow': (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue),
     'torchvision': (scale_brightness, blend_contrast, blend_saturation, adjust_hue)}
 
-# %% ../nbs/01_augmentations.ipynb #0514babe
+# %% ../nbs/01_augmentations.ipynb #5742846d
 class ColorDistortion(Step):
     "The four adjustments, each by a random amount, in a random order, clipped after each."
     columns = 8                                          # four amounts, their order
@@ -232,26 +249,26 @@ class ColorDistortion(Step):
                 if self.reach[i] and len(who): x = x.index_copy(0, who, op(x[who], rows[who,i]).clamp(0, 1))
         return x
 
-# %% ../nbs/01_augmentations.ipynb #05cefc83
+# %% ../nbs/01_augmentations.ipynb #66917a0d
 class RandomGrayscale(Step):
     "Drops colour."
     def __init__(self, p:float=.2): super().__init__(p)
     def apply(self, x, rows): return to_grayscale(x)
 
-# %% ../nbs/01_augmentations.ipynb #a37749c1
+# %% ../nbs/01_augmentations.ipynb #53e3e33f
 def gaussian_blur(
     x:Tensor, # (B, 3, H, W)
-    sigma, # pixels, above 0; per image
+    sigma, # pixels; 0: no blur; per image
     kernel_size:int, # as in the official code: 2·(kernel_size//2) + 1 taps
 )->Tensor: # (B, 3, H, W)
     "Blur by a Gaussian, zeros beyond the border."
-    r, s = kernel_size//2, _per_image(sigma, x)[:,0]
+    r, s = kernel_size//2, _per_image(sigma, x)[:,0].clamp(min=1e-2)
     def weight(d): return torch.exp(-d.square()/(2*s*s)) * (d.abs() <= r)
     total = weight(torch.arange(-r, r + 1, device=x.device)).sum(-1, keepdim=True)
     def band(n): i = torch.arange(n, device=x.device); return (weight(i[:,None] - i)/total)[:,None]
     return band(x.shape[2]) @ x @ band(x.shape[3]).mT
 
-# %% ../nbs/01_augmentations.ipynb #e2eb40c8
+# %% ../nbs/01_augmentations.ipynb #82598b4b
 class RandomBlur(Step):
     "Blurs, σ uniform."
     def __init__(self,
@@ -264,7 +281,7 @@ class RandomBlur(Step):
     def params(self, rng): return [rng.uniform(*self.sigma)]
     def apply(self, x, rows): return gaussian_blur(x, rows[:,0], self.kernel_size)
 
-# %% ../nbs/01_augmentations.ipynb #94ff267b
+# %% ../nbs/01_augmentations.ipynb #5c50da8c
 def cutout(
     x:Tensor, # (B, 3, H, W)
     left, top, # corner of the square, pixels; per image
@@ -277,7 +294,7 @@ def cutout(
     inside = (row >= top) & (row < top + side) & (col >= left) & (col < left + side)
     return torch.where(inside, value, x)
 
-# %% ../nbs/01_augmentations.ipynb #5c50da8c
+# %% ../nbs/01_augmentations.ipynb #ecc09bab
 def gaussian_noise(
     x:Tensor, # (B, 3, H, W)
     sigma, # standard deviation, per image
@@ -285,10 +302,10 @@ def gaussian_noise(
 )->Tensor: # not clipped
     "Add Gaussian noise that depends on the seed alone."
     seeds = torch.as_tensor(seed).reshape(-1).expand(len(x)).tolist()
-    noise = np.stack([keyed_rng(int(s)).standard_normal(x.shape[1:]) for s in seeds])
+    noise = np.stack([keyed_rng(int(s), view=2**32 + 2).standard_normal(x.shape[1:]) for s in seeds])   # no view's stream
     return x + _per_image(sigma, x)*torch.as_tensor(noise, dtype=x.dtype, device=x.device)
 
-# %% ../nbs/01_augmentations.ipynb #ecc09bab
+# %% ../nbs/01_augmentations.ipynb #c61107f5
 def sobel(
     x:Tensor, # (B, 3, H, W) in [0, 1]
 )->Tensor: # (B, 3, H, W) in [0, 1], three equal channels
@@ -298,7 +315,7 @@ def sobel(
     edges = F.conv2d(grey, torch.stack([g, g.T])[:,None])
     return (torch.linalg.vector_norm(edges, dim=1, keepdim=True)/math.sqrt(2)).expand_as(x)
 
-# %% ../nbs/01_augmentations.ipynb #c61107f5
+# %% ../nbs/01_augmentations.ipynb #e76fa29c
 def solarize(
     x:Tensor, # (B, 3, H, W) in [0, 1]
     threshold=.5, # per image
@@ -310,14 +327,15 @@ def equalize(
     x:Tensor, # (B, 3, H, W) in [0, 1], rounded to 256 levels here
 )->Tensor: # in [0, 1]
     "Spread the histogram of each channel, as Pillow and torchvision do."
-    level = (x*255).round().long().flatten(2)
+    _check_images(x)
+    level = (x.clamp(0, 1)*255).round().long().flatten(2)
     counts = torch.zeros(*level.shape[:2], 256, dtype=torch.long, device=x.device).scatter_add_(2, level, torch.ones_like(level))
     step = (level.shape[2] - counts.gather(2, level.amax(2, keepdim=True)))//255
     below = counts.cumsum(2) - counts
     table = ((below + step//2)//step.clamp(min=1)).clamp(max=255)
     return torch.where(step > 0, table.gather(2, level), level).view_as(x).to(x.dtype)/255
 
-# %% ../nbs/01_augmentations.ipynb #e76fa29c
+# %% ../nbs/01_augmentations.ipynb #c51a8d53
 def _line(length, angle, r):
     "(B, 1, 2r+1, 2r+1) kernels: a line of `length` pixels through the centre."
     d = torch.arange(-r, r + 1, device=length.device, dtype=length.dtype)
@@ -331,15 +349,15 @@ def motion_blur(
     x:Tensor, # (B, 3, H, W)
     length, # of the line, pixels, 1 and more; per image
     angle, # of the line, radians, counter-clockwise from the x axis; per image
-    kernel_size:int=15, # at least the longest length
+    kernel_size:int|None=None, # at least the longest length; None: as it takes
 )->Tensor: # (B, 3, H, W)
     "Average along a line; edges of the image repeat."
-    r = kernel_size//2
+    r = math.ceil(torch.as_tensor(length).max())//2 + 1 if kernel_size is None else kernel_size//2
     kernel = _line(_per_image(length, x), _per_image(angle, x), r).expand(len(x), -1, -1, -1).repeat_interleave(3, 0)
     wide = F.pad(x, (r, r, r, r), mode='replicate').flatten(0, 1)[None]
     return F.conv2d(wide, kernel, groups=len(kernel)).view_as(x)
 
-# %% ../nbs/01_augmentations.ipynb #85d72158
+# %% ../nbs/01_augmentations.ipynb #7eb37fc8
 class RandomCutout(Step):
     "Covers a square of `share` of the side, somewhere inside."
     columns = 3
@@ -349,6 +367,7 @@ class RandomCutout(Step):
     def params(self, rng): return [*rng.integers(self.size - self.side + 1, size=2), self.side]
     def apply(self, x, rows): return cutout(x, *rows.unbind(1))
 
+# %% ../nbs/01_augmentations.ipynb #42f3de5c
 class RandomNoise(Step):
     "Adds Gaussian noise, σ uniform."
     columns = 2
@@ -358,7 +377,7 @@ class RandomNoise(Step):
     def params(self, rng): return [rng.uniform(*self.sigma), rng.integers(1, 2**24)]
     def apply(self, x, rows): return gaussian_noise(x, *rows.unbind(1))
 
-# %% ../nbs/01_augmentations.ipynb #fc218aae
+# %% ../nbs/01_augmentations.ipynb #e8926120
 class RandomSobel(Step):
     "Keeps the edges only."
     def apply(self, x, rows): return sobel(x)
@@ -380,7 +399,7 @@ class RandomMotionBlur(Step):
     def params(self, rng): return [rng.uniform(3, max(3, self.longest)), rng.uniform(0, math.pi)]
     def apply(self, x, rows): return motion_blur(x, *rows.unbind(1), kernel_size=2*(self.longest//2) + 3)
 
-# %% ../nbs/01_augmentations.ipynb #42f3de5c
+# %% ../nbs/01_augmentations.ipynb #5e626a0b
 class AutoAugment(Step):
     "torchvision's AutoAugment, keyed; on 256 levels, without gradient."
     def __init__(self,
@@ -398,7 +417,7 @@ class AutoAugment(Step):
         torch.manual_seed(int(seed))
         return self.policy(im)
 
-# %% ../nbs/01_augmentations.ipynb #691a19eb
+# %% ../nbs/01_augmentations.ipynb #764c0de5
 @patch
 def on_array(self:Step,
     im, # (H, W, 3) float32 array in [0, 1]
@@ -421,7 +440,7 @@ def on_array(self:RandomBlur, im, row):
     w = np.exp(-d*d/(2*row[0]**2))
     return cv2.sepFilter2D(im, -1, w/w.sum(), w/w.sum(), borderType=cv2.BORDER_CONSTANT).clip(0, 1)
 
-# %% ../nbs/01_augmentations.ipynb #5ab1d1ae
+# %% ../nbs/01_augmentations.ipynb #85ca0465
 def _brightness(im, delta): return (im + np.float32(delta)).clip(0, 1)
 
 def _contrast(im, f):
@@ -445,7 +464,7 @@ def on_array(self:ColorDistortion, im, row):
         if self.reach[i]: im = ops[i](im, row[i])
     return im
 
-# %% ../nbs/01_augmentations.ipynb #e38f140a
+# %% ../nbs/01_augmentations.ipynb #7d8e8e89
 class Augmentation:
     "A random crop followed by steps; draws for one image, applies to a batch."
     def __init__(self,
@@ -455,6 +474,7 @@ class Augmentation:
         n_views:int=2, # 1: supervised training with the same augmentations
         one_branch:bool=False, # True: both views share a crop, and only the first is augmented (the paper's figure 5)
     ):
+        if one_branch and n_views != 2: raise ValueError(f'one_branch is for 2 views, got n_views={n_views}')
         self.size, self.crop, self.steps, self.n_views, self.one_branch = size, crop, steps, n_views, one_branch
         self.columns = [s.columns for s in steps]
     def draw(self, rng, width, height):
@@ -470,13 +490,15 @@ class Augmentation:
         "The same augmentation with so many independent views."
         return Augmentation(self.size, self.crop, *self.steps, n_views=n_views)
 
-# %% ../nbs/01_augmentations.ipynb #c6b9b373
+# %% ../nbs/01_augmentations.ipynb #da3b4197
 @patch
 def __call__(self:Augmentation,
     x:Tensor, # (B, 3, size, size), already cut: float in [0, 1], or uint8
     rows:Tensor, # (B, P), as drawn
 )->Tensor: # (B, 3, size, size), float in [0, 1]
     "Apply the steps: on a CPU image by image, elsewhere (or where gradients are wanted) all at once."
+    if x.ndim != 4 or x.shape[1] != 3 or rows.shape != (len(x), sum(self.columns)):
+        raise ValueError(f'expected images (B, 3, H, W) with {sum(self.columns)} numbers each, got {tuple(x.shape)} and {tuple(rows.shape)}')
     if x.device.type == 'cpu' and x.dtype in (torch.uint8, torch.float32) and not x.requires_grad: return self.one_by_one(x, rows)
     return self.batched(x.float()/255 if x.dtype == torch.uint8 else x, rows)
 
@@ -496,7 +518,7 @@ def one_by_one(self:Augmentation, x, rows):
         to[...] = im
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
-# %% ../nbs/01_augmentations.ipynb #05ded82a
+# %% ../nbs/01_augmentations.ipynb #f238f8f2
 def simclr_augmentations(
     size:int, # side of the views, pixels
     strength:float=1., # s of the colour distortion: 1 for ImageNet, 0.5 for CIFAR-10
@@ -509,7 +531,7 @@ def simclr_augmentations(
     colour = ColorDistortion(.8*s, .8*s, .8*s, .2*s, definition=definition)
     return Augmentation(size, RandomResizedCrop(), RandomFlip(), colour, RandomGrayscale(), *blurs, **kwargs)
 
-# %% ../nbs/01_augmentations.ipynb #5c852208
+# %% ../nbs/01_augmentations.ipynb #c4556543
 def broader_augmentations(
     size:int, # side of the views, pixels
     strength:float=1., # s of the colour distortion
@@ -521,7 +543,7 @@ def broader_augmentations(
     more = RandomEqualize(p), RandomSolarize(p), RandomSobel(p), RandomMotionBlur(size//10, p)
     return Augmentation(size, base.crop, *base.steps, *more, n_views=base.n_views, one_branch=base.one_branch)
 
-# %% ../nbs/01_augmentations.ipynb #b486af78
+# %% ../nbs/01_augmentations.ipynb #b0d3a043
 def solar_augmentations(
     size:int, # side of the views, pixels
     **kwargs, # `n_views`, `one_branch`: see `Augmentation`
@@ -530,7 +552,7 @@ def solar_augmentations(
     return Augmentation(size, RandomResizedCrop((.3, 1.)), RandomFlip(), RandomQuarterTurn(),
         ColorDistortion(.3, .5, 0, 0), RandomBlur(5, (.1, 1.), p=.3), **kwargs)
 
-# %% ../nbs/01_augmentations.ipynb #c4556543
+# %% ../nbs/01_augmentations.ipynb #393aaac8
 def augmentations_for(
     source, # a name of `simclr_nb.data.sources`, or anything else
     size:int, # side of the views, pixels
@@ -539,7 +561,7 @@ def augmentations_for(
     if source == 'solar_cells': return solar_augmentations(size)
     return simclr_augmentations(size, strength=.5, blur=False) if size <= 32 else simclr_augmentations(size)
 
-# %% ../nbs/01_augmentations.ipynb #393aaac8
+# %% ../nbs/01_augmentations.ipynb #1808d16d
 def make_views(
     augment:Augmentation,
     crops:Tensor, # (B, V, 3, H, W) uint8, V views of each image, two as a rule
@@ -549,7 +571,7 @@ def make_views(
     crops = crops.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)      # channels last, as images are stored
     return augment(crops, rows.transpose(0, 1).flatten(0, 1))
 
-# %% ../nbs/01_augmentations.ipynb #2ce74cef
+# %% ../nbs/01_augmentations.ipynb #e6e91158
 def cut_views(
     augment:Augmentation,
     x:Tensor, # (B, 3, H, W) in [0, 1], whole images
@@ -559,12 +581,12 @@ def cut_views(
 )->Tensor: # (V·B, 3, size, size) in [0, 1]
     "The views of whole images that are already on a device."
     drawn = [augment.draw_views((seed, epoch, first + i), x.shape[3], x.shape[2]) for i in range(len(x))]
-    boxes, rows = (torch.tensor(np.array(d), dtype=x.dtype, device=x.device).transpose(0, 1).flatten(0, 1) for d in zip(*drawn))
-    return augment(crop_resize(x.repeat(augment.n_views, 1, 1, 1), boxes, augment.size), rows)
+    boxes, rows = (torch.tensor(np.array(d)).transpose(0, 1).flatten(0, 1) for d in zip(*drawn))
+    return augment(crop_resize(x.repeat(augment.n_views, 1, 1, 1), boxes, augment.size), rows.to(x.device))
 
-# %% ../nbs/01_augmentations.ipynb #3565a3b5
+# %% ../nbs/01_augmentations.ipynb #338ca77e
 @patch
 def _draw_one_branch(self:Augmentation, key, width, height):
-    left, top, right, bottom = shared = RandomResizedCrop().draw(keyed_rng(*key, view=2), width, height)
+    left, top, right, bottom = shared = RandomResizedCrop().draw(keyed_rng(*key, view=2**32 + 1), width, height)
     (l, t, r, b), row = self.draw(keyed_rng(*key), right - left, bottom - top)
     return ((left + l, top + t, left + r, top + b), shared), (row, [0]*len(row))

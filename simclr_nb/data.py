@@ -159,13 +159,15 @@ def load_images(
 
 # %% ../nbs/00_data.ipynb #c07065d6
 @lru_cache
-def _key(seed): return np.array([seed, 0], np.uint64)
+def _key(seed):
+    if seed != int(seed) or not 0 <= seed < 2**63: raise ValueError(f'a seed is a whole number from 0 to 2**63 - 1, got {seed}')
+    return np.array([seed, 0], np.uint64)
 
 def keyed_rng(
     seed:int, # of the run
     epoch:int=0,
     index:int=0, # of the image
-    view:int=0, # 0 or 1
+    view:int=0, # 0, 1, …; from 2³² on: draws that are no view's
 )->np.random.Generator:
     "A generator that depends on these four numbers and on nothing else."
     return np.random.Generator(np.random.Philox(key=_key(seed), counter=np.array([0, view, index, epoch], np.uint64)))
@@ -197,7 +199,7 @@ def shrinkable(
     return max(k for k in (1, 2, 4, 8) if k == 1 or side >= 1.5*k*size)
 
 # %% ../nbs/00_data.ipynb #24809297
-def _stack(crops): return torch.stack([c.permute(1, 2, 0) for c in crops]).permute(0, 3, 1, 2)   # keeps channels last in memory
+def _stack(crops): return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)   # channels stay last in memory
 
 def cut_all(
     im:Image.Image, # opened, not yet decoded
@@ -210,8 +212,8 @@ def cut_all(
     im = upright_rgb(im)
     if k == 1 and max(im.size) > 64:
         x = pixels(im)
-        return _stack([cut(x, box, size) for box in boxes])
-    return _stack([pixels(im.resize((size, size), Image.BICUBIC, box=[v/k for v in box])) for box in boxes])
+        return _stack([cut(x, box, size).permute(1, 2, 0) for box in boxes])
+    return _stack([np.asarray(im.resize((size, size), Image.BICUBIC, box=[v/k for v in box])) for box in boxes])
 
 # %% ../nbs/00_data.ipynb #fddbbf2c
 def upright_size(im:Image.Image)->tuple: # (width, height), pixels
@@ -220,26 +222,32 @@ def upright_size(im:Image.Image)->tuple: # (width, height), pixels
 
 # %% ../nbs/00_data.ipynb #5f0920bb
 class Pairs:
-    "A training set: item i is the crops of image i, two as a rule, and for each the numbers that say how to flip, recolour and blur it."
+    "A training set: item i is (crops of image i, two as a rule; for each the numbers that say how to flip, recolour and blur it; i)."
     def __init__(self,
         images:ImageSet,
         augment, # has `size` and `draw_views(key, width, height)`, which returns (boxes, rows)
         seed:int=0,
     ):
         self.images, self.augment, self.seed, self.epoch, self.skip = images, augment, seed, 0, 0
+        keyed_rng(seed)                                  # a bad seed is told now
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
-        try:
-            with opened(self.images.files[i]) as im:
-                boxes, rows = self.augment.draw_views((self.seed, self.epoch, i), *upright_size(im))
-                return cut_all(im, boxes, self.augment.size), rows, i
-        except BadImage:
-            self.unreadable[i] = True
-            raise SkipItemException from None
+        n = len(self)
+        for k in range(n):                                # an unreadable image gives its place to the next
+            j = (i + k) % n
+            if k and self.unreadable[j]: continue
+            try: return *self.views(j), j
+            except BadImage: self.unreadable[j] = True
+        raise SkipItemException
+    def views(self, i):
+        "(crops, rows) of image i."
+        with opened(self.images.files[i]) as im:
+            boxes, rows = self.augment.draw_views((self.seed, self.epoch, i), *upright_size(im))
+            return cut_all(im, boxes, self.augment.size), rows
     def order(self, idxs):
         "Shuffle by (seed, epoch), and leave out the first `skip`, which an interrupted epoch has already seen."
-        return keyed_rng(self.seed, self.epoch, view=2).permutation(idxs).tolist()[self.skip:]
+        return keyed_rng(self.seed, self.epoch, view=2**32).permutation(idxs).tolist()[self.skip:]
     def left_out(self):
         "The files that could not be read so far."
         return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]

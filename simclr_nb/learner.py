@@ -19,7 +19,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import no_random, trainable_params
+from fastai.torch_core import no_random, rank_distrib, trainable_params
 from torch import Tensor, nn
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, Pairs, check_batch, load_images, pair_loaders
@@ -53,7 +53,7 @@ class TwoViews(Callback):
     "Makes the two views of a batch on its device; there is nothing to validate."
     def __init__(self, augment:Augmentation, seed:int=0, memory_format=torch.channels_last): self.augment, self.seed, self.memory_format, self.epochs_done = augment, seed, memory_format, 0
     def before_epoch(self):
-        self.seen = 0
+        self.seen = rank_distrib()*self.dls.train.n      # images of one's own have their place for a key: no two processes share one
         if isinstance(self.dls.train.dataset, Pairs): self.dls.train.dataset.epoch = self.epochs_done
     def views(self, x, *rows, first=0):
         "Both views of crops and their rows, or of whole images, of which the first has index `first` in the epoch."
@@ -143,6 +143,7 @@ def simclr_learner(
     "A fastai `Learner` for SimCLR; train it with `pretrain`, then take its `encoder`."
     if opt not in optimizers: raise ValueError(f'unknown optimiser {opt!r}; there are {", ".join(optimizers)}')
     augment, size = _recipe(data, augment, size)
+    if augment.n_views != 2: raise ValueError(f'SimCLR compares 2 views, and this augmentation makes {augment.n_views}: take augment.with_views(2)')
     like = torch.channels_last if isinstance(arch, str) else torch.contiguous_format   # faster; a module of the user's may not take it
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
     with no_random(seed):
@@ -248,13 +249,14 @@ def supervised_learner(
     **kwargs, # to fastai's `Learner`
 )->Learner:
     "A fastai `Learner` that trains encoder and linear layer with labels, on the augmentations of SimCLR."
+    if isinstance(data, DataLoaders): raise TypeError('supervised_learner makes its own loaders: give it a folder, a name or an ImageSet')
     augment, size = _recipe(data, augment, size)
     augment = augment.with_views(1)
     images = data if isinstance(data, ImageSet) else load_images(data)
     if images.labels is None: raise ValueError('training with labels takes images that have some: a folder with a subfolder for each class')
     with no_random(seed):
         encoder = build_encoder(arch, size)
-        model = nn.Sequential(encoder, nn.Linear(encoder.feature_dim, int(images.labels.max()) + 1)).to(memory_format=torch.channels_last)
+        model = nn.Sequential(encoder, nn.Linear(encoder.feature_dim, len(images.classes or range(images.labels.max() + 1)))).to(memory_format=torch.channels_last)
     kwargs['metrics'] = [AvgMetric(accuracy)] + L(kwargs.get('metrics'))
     learn = Learner(pair_loaders(images, augment, bs, seed, num_workers), model, nn.CrossEntropyLoss(), **kwargs)
     learn.add_cbs([OneView(augment, seed), Guard()])
