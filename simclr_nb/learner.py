@@ -19,7 +19,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import no_random, rank_distrib, trainable_params
+from fastai.torch_core import no_random, num_distrib, rank_distrib, trainable_params
 from torch import Tensor, nn
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, Pairs, check_batch, load_images, pair_loaders
@@ -197,7 +197,7 @@ def pretrain(self:Learner,
     self.set_batch_size(bs)
     steps = len(self.dls.train)
     total, warm = steps*epochs, round(steps*(min(10, epochs/10) if warmup is None else warmup))
-    peak = peak_lr(self.dls.train.bs, rule) if lr is None else lr
+    peak = peak_lr(self.dls.train.bs*max(1, num_distrib()), rule) if lr is None else lr
     self.fit(epochs, lr=peak, cbs=[ParamScheduler({'lr': rate_schedule(total, warm, peak)}), *L(cbs)])
 
 @patch

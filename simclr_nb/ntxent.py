@@ -8,7 +8,7 @@ __all__ = ['positives', 'nt_xent', 'contrastive_accuracy', 'contrastive_entropy'
 
 # %% ../nbs/04_ntxent.ipynb #238c2592
 import math
-from functools import partial
+from functools import partial, wraps
 from typing import Callable
 
 import torch, torch.nn.functional as F
@@ -79,7 +79,7 @@ def _stripes(
 ): # the loss, and its gradients with respect to q and keys if they are wanted
     "NT-Xent of the rows q against all keys, some rows at a time."
     n, pos = len(q), first + positives(len(q), q.device)
-    loss, G, H = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(keys).index_copy(0, pos, -q)
+    loss, G, H = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(keys).index_copy(0, pos, -q) if grad else None
     for a in range(0, n, chunk):
         rows = slice(a, a+chunk)
         losses, E, R = _stripe(q[rows], keys, first + a, pos[rows])
@@ -107,16 +107,22 @@ class _WithGradient(torch.autograd.Function):
 # %% ../nbs/04_ntxent.ipynb #022913b9
 def _check_rows(z, temperature):
     if z.ndim != 2 or len(z) < 2 or len(z) % 2:
-        raise ValueError(f'nt_xent takes z of shape (2N, D): N first views, then the N second views. Got {tuple(z.shape)}.')
+        raise ValueError(f'expected z of shape (2N, D): N first views, then the N second views. Got {tuple(z.shape)}.')
     if not temperature > 0: raise ValueError(f'the temperature must be above 0, got {temperature}')
+    if not z.is_floating_point(): raise ValueError(f'expected z of real numbers, got {z.dtype}')
     return z if z.dtype == torch.float64 else z.float()
 
+def _unit(z):
+    "Rows of length 1, whatever their scale; a row of zeros stays one, without gradient."
+    top = z.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(z/top.where(top > 0, 1), dim=-1) * (top > 0)
+
 def _check_finite(loss, keys):
-    if math.isfinite(loss.item()): return loss
-    bad = (~keys.isfinite().all(1)).sum().item()
-    if not bad: return loss
-    raise ValueError(f'nt_xent got {bad} of {len(keys)} rows with values that are not finite, so the loss is {loss.item()}. '
-                     'Look for the first layer whose output is not finite; a lower learning rate or full precision often helps.')
+    bad = (~keys.isfinite().all(1)).sum().item()          # the same in every process
+    if bad: raise ValueError(f'nt_xent got {bad} of {len(keys)} rows with values that are not finite, so the loss is {loss.item()}. '
+                             'Look for the first layer whose output is not finite; a lower learning rate or full precision often helps.')
+    if not math.isfinite(loss.item()): raise ValueError(f'the loss is {loss.item()}: the products of the rows overflow. Use normalize=True, or smaller rows.')
+    return loss
 
 # %% ../nbs/04_ntxent.ipynb #d6901c8f
 def _check_chunk(chunk, device):
@@ -133,10 +139,11 @@ def nt_xent(
     chunk:int|None=None, # rows computed at a time, for speed and memory only; None: 192 on a CPU, 1024 elsewhere
 )->Tensor: # scalar, in nats: the mean over the 2N rows
     "The paper's contrastive loss, equation 1, averaged over all 2N rows; memory grows with N, not with N²."
-    z, chunk = _check_rows(z, temperature), _check_chunk(chunk, z.device)
+    z, temperature, chunk = z.to(torch.promote_types(z.dtype, torch.float32)), float(temperature), _check_chunk(chunk, z.device)
     with torch.autocast(z.device.type, enabled=False):
-        if normalize: z = F.normalize(z, dim=1)
-        keys, first = gather(z) if gather else (z, 0)
+        if normalize: z = _unit(z)
+        keys, first = gather(z) if gather else (z, 0)     # before the checks: a shape that is wrong here must be told everywhere
+        _check_rows(z, temperature)
         grad = torch.is_grad_enabled() and (z.requires_grad or keys.requires_grad)
         if keys is z and normalize and temperature >= 1/64 and len(z) > 2:
             loss = _WithGradient.apply(partial(_triangle, chunk, grad), z/temperature**.5)
@@ -144,10 +151,18 @@ def nt_xent(
     return _check_finite(loss, keys)
 
 # %% ../nbs/04_ntxent.ipynb #3e9deaaa
+def _full_precision(f):
+    "f(z, …) with autocast off."
+    @wraps(f)
+    def inner(z, *args, **kwargs):
+        with torch.autocast(z.device.type, enabled=False): return f(z, *args, **kwargs)
+    return inner
+
 @torch.no_grad()
+@_full_precision
 def _cross_logits(z, temperature, normalize):
     z = _check_rows(z, temperature)
-    a, b = (F.normalize(z, dim=1) if normalize else z).chunk(2)
+    a, b = (_unit(z) if normalize else z).chunk(2)
     return a @ b.T / temperature
 
 # %% ../nbs/04_ntxent.ipynb #ad4a1902
@@ -176,7 +191,7 @@ def alignment(
     z:Tensor, # (2N, D) projections; scaled to length 1 here
 )->Tensor: # scalar in [0, 4]; 0: both views of every image coincide
     "Mean squared distance between the two views of an image, on the unit sphere."
-    a, b = F.normalize(_check_rows(z, 1), dim=1).chunk(2)
+    a, b = _unit(_check_rows(z, 1)).chunk(2)
     return (a - b).square().sum(1).mean()
 
 # %% ../nbs/04_ntxent.ipynb #af529ed5
@@ -185,14 +200,15 @@ def uniformity(
     z:Tensor, # (2N, D) projections of N > 1 images; scaled to length 1 here
 )->Tensor: # scalar, at most 0; lower is more even
     "Logarithm of the mean Gaussian kernel between different images' first views, on the unit sphere."
-    a = F.normalize(_check_rows(z, 1), dim=1)[:len(z)//2]
+    a = _unit(_check_rows(z, 1))[:len(z)//2]
     if len(a) < 2: raise ValueError('uniformity compares images: it takes at least 2, so z of 4 rows or more')
     return torch.pdist(a).square().mul(-2).exp().mean().log()
 
 # %% ../nbs/04_ntxent.ipynb #eb419da0
+@_full_precision
 def _scores(z, semi_hard):
     "Cosines with the positive, (2N, 1); with all rows, (2N, 2N); and each row's weights of these, the negatives."
-    z = F.normalize(_check_rows(z, 1), dim=1)
+    z = _unit(_check_rows(z, 1))
     s, i, j = z @ z.T, torch.arange(len(z), device=z.device), positives(len(z), z.device)
     pos, negative = s[i, j][:, None], torch.ones_like(s, dtype=torch.bool)
     negative[i, i] = negative[i, j] = False
@@ -208,6 +224,7 @@ def nt_logistic(
     semi_hard:bool=False, # only the closest negative that is farther than the positive; False: all
 )->Tensor: # scalar
     "NT-Logistic of the paper's table 2: is this pair of rows one image or not?"
+    _check_rows(z, temperature)
     pos, s, weight = _scores(z, semi_hard)
     return (F.softplus(-pos/temperature).squeeze(1) + (weight*F.softplus(s/temperature)).sum(1)).mean()
 
@@ -217,17 +234,19 @@ def margin_triplet(
     semi_hard:bool=False, # only the closest negative that is farther than the positive; False: all
 )->Tensor: # scalar
     "Margin triplet loss of the paper's table 2: the positive is to be closer than a negative, by the margin."
+    if not margin >= 0: raise ValueError(f'the margin must be 0 or more, got {margin}')
     pos, s, weight = _scores(z, semi_hard)
     return (weight*(s - pos + margin).relu()).sum(1).mean()
 
 # %% ../nbs/04_ntxent.ipynb #b12a6376
+@_full_precision
 def sup_con(
     z:Tensor, # (2N, D) projections, scaled to length 1 here
     labels:Tensor, # (N,) class of every image
     temperature:float=.1, # τ
 )->Tensor: # scalar, in nats
     "Supervised contrastive loss: all other rows of the same class are right answers."
-    z, n = F.normalize(_check_rows(z, temperature), dim=1), len(z)//2
+    z, n = _unit(_check_rows(z, temperature)), len(z)//2
     if labels.shape != (n,): raise ValueError(f'sup_con takes one label for each of the {n} images (rows come in pairs), got labels of shape {tuple(labels.shape)}')
     itself, labels = torch.eye(2*n, dtype=torch.bool, device=z.device), labels.repeat(2)
     right = (labels[:, None] == labels) & ~itself
