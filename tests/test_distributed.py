@@ -53,7 +53,7 @@ def take_step(net, x, gather=None, chunk=None):
 def refusal(*shape, **kwargs):
     "The error that gather_rows raises, and after how many seconds."
     start = time.monotonic()
-    try: gather_rows(torch.zeros(*shape, **kwargs))
+    try: gather_rows(torch.zeros(shape, **kwargs))
     except ValueError as e: return str(e), time.monotonic() - start
 
 
