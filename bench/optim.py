@@ -1,4 +1,4 @@
-"One LARS step on the tensors of ResNet-50 with its head, beside lightly's LARS: time and memory, as JSON."
+"One LARS step on the tensors of ResNet-50 with its head, beside lightly's LARS: milliseconds per step, as JSON."
 import argparse, json, statistics, time
 
 import lightly, torch

@@ -9,6 +9,7 @@ __all__ = ['gather_rows', 'GlobalBatchNorm1d', 'GlobalBatchNorm2d', 'global_batc
 # %% ../nbs/06_distributed.ipynb #7e981edc
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Integral
 
 import torch, torch.distributed as dist, torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -46,10 +47,20 @@ class _Gather(torch.autograd.Function):
 # %% ../nbs/06_distributed.ipynb #d28d9b34
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+_dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+def _described(ndim, rows, columns, kind):
+    shape = f'{rows}x{columns}' if ndim == 2 else f'{ndim} dimension{"s"*(ndim != 1)}'
+    return f'{shape} {str(_dtypes[kind]).removeprefix("torch.") if kind >= 0 else "of another type"}'
+
 def _check_shapes(z):
-    shapes = _gathered(torch.tensor([z.shape], device=z.device)).tolist()
-    if any(s != shapes[0] for s in shapes):
-        raise ValueError(f'gather_rows needs equally many rows from every process, got {", ".join(f"rank {r}: {s[0]}x{s[1]}" for r,s in enumerate(shapes))}. '
+    "The same error in every process where the rows of any one of them will not do."
+    own = [z.ndim, *(*z.shape, 0, 0)[:2], _dtypes.index(z.dtype) if z.dtype in _dtypes else -1]
+    told = _gathered(torch.tensor([own], device=z.device)).tolist()
+    ndim, rows, _, kind = told[0]
+    if any(t != told[0] for t in told) or ndim != 2 or rows == 0 or rows % 2 or kind < 0:
+        raise ValueError('gather_rows needs z of shape (2n, D) from every process, floating point of one type, n at least 1, with equally many rows; got '
+                         f'{", ".join(f"rank {r}: {_described(*t)}" for r,t in enumerate(told))}. '
                          'Drop the last incomplete batch (drop_last=True) and give every process as many images.')
 
 # %% ../nbs/06_distributed.ipynb #4c3aad01
@@ -58,7 +69,6 @@ def gather_rows(
 )->tuple[Tensor,int]: # (2nW, D) rows of all processes in order of rank, and the index of the first own row
     "Rows of all processes, with gradient; for `nt_xent(z, gather=gather_rows)`."
     if _world() == 1: return z, 0
-    if z.ndim != 2: raise ValueError(f'gather_rows takes z of shape (2n, D), got {tuple(z.shape)}')
     _check_shapes(z)
     return _Gather.apply(z.contiguous()), dist.get_rank()*len(z)
 
@@ -157,44 +167,64 @@ class _InPieces:
     def __init__(self, model, micro_batch): self.model, self.plain, self.micro_batch = model, model.forward, micro_batch
     def piece(self, *views): return self.plain(torch.cat(views))
     def __call__(self, x):
+        if not torch.is_grad_enabled(): return self.plain(x)
         if len(x) % 2: raise ValueError(f'CachedGradients takes two views of each image, first all first ones, then all second ones; got {len(x)} rows')
         n = -(-len(x)//2//self.micro_batch)
-        if n == 1 or not torch.is_grad_enabled(): return self.plain(x)
+        if n <= 1: return self.plain(x)
         zs = [_twice(self.model, self.piece, *views) for views in zip(*(v.tensor_split(n) for v in x.chunk(2)))]
         return torch.cat([torch.cat(half) for half in zip(*(z.chunk(2) for z in zs))])
 
 # %% ../nbs/06_distributed.ipynb #f6f6a231
+class _NextCall:
+    "Stands in for a model's `forward` once; what stood there before is back when the call begins."
+    def __init__(self, model, f):
+        if isinstance(old := vars(model).get('forward'), _NextCall): old.undo()
+        self.model, self.f, self.before = model, f(model), vars(model).get('forward')
+        model.forward = self
+    def __call__(self, *args, **kwargs):
+        self.undo()
+        return self.f(*args, **kwargs)
+    def undo(self):
+        if vars(self.model).get('forward') is not self: return
+        if self.before is None: del self.model.forward
+        else: self.model.forward = self.before
+
+# %% ../nbs/06_distributed.ipynb #a603ca4e
 class CachedGradients(Callback):
     "The loss over the whole batch, the model in micro-batches; one more forward pass, exact gradients."
+    order = 100     # the last before the model is called
     def __init__(self,
         micro_batch:int, # images (pairs of views) that go through the model at a time, at most
     ):
-        if micro_batch < 1: raise ValueError(f'a micro-batch has 1 image or more, got {micro_batch}')
+        if not isinstance(micro_batch, Integral) or micro_batch < 1:
+            raise ValueError(f'a micro-batch has 1 image or more, a whole number; got {micro_batch!r}')
         self.micro_batch = micro_batch
     def before_fit(self):
-        model = self.model.module if isinstance(self.model, (DataParallel, DistributedDataParallel)) else self.model
-        self.undo(model)                        # what a fit that broke off has left
-        self.inner, model.forward = model, _InPieces(model, self.micro_batch)
-    def after_fit(self): self.undo(self.inner)
-    @staticmethod
-    def undo(model):
-        "The model's own `forward` again."
-        if isinstance(vars(model).get('forward'), _InPieces): del model.forward
+        if isinstance(self.model, DataParallel):
+            raise ValueError('CachedGradients does not work under DataParallel, which parts the two views of an image: use DistributedDataParallel, one process per device')
+        self.standin = None
+    def before_batch(self):
+        if not self.training: return
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.standin = _NextCall(model, partial(_InPieces, micro_batch=self.micro_batch))
+    def after_batch(self):
+        if self.standin: self.standin.undo()    # a batch that was cancelled called nothing
 
-# %% ../nbs/06_distributed.ipynb #3ab4ee3b
+# %% ../nbs/06_distributed.ipynb #13d77968
 def _blocks(model):
-    "The outermost modules with parts of their own that stand in an `nn.Sequential`: residual blocks, transformer layers."
+    "Modules with parts of their own that stand in an `nn.Sequential`: residual blocks, transformer layers. What holds several of them is a stage, or a network, and not a block."
     for child in model.children():
-        if isinstance(model, nn.Sequential) and not isinstance(child, nn.Sequential) and next(child.children(), None): yield child
-        else: yield from _blocks(child)
+        inside = list(_blocks(child))
+        one = isinstance(model, nn.Sequential) and not isinstance(child, nn.Sequential) and next(child.children(), None)
+        yield from [child] if one and len(inside) < 2 else inside
 
 def checkpoint_activations(
     model:nn.Module, # changed in place
-    blocks=None, # modules to run twice; None: the residual blocks or transformer layers
+    blocks=None, # modules to run twice; None: those in an `nn.Sequential` that have parts but hold no two such blocks themselves
 )->nn.Module: # the model
     "Keep only what goes into each block, and run the block again in the backward pass: less memory, more time, same gradient."
     blocks = list(_blocks(model) if blocks is None else blocks)
-    if not blocks: raise ValueError(f'found no blocks in {type(model).__name__}: name the modules to run twice, as checkpoint_activations(model, [module, ...])')
+    if not blocks: raise ValueError(f'found no blocks in {type(model).__name__}: name the modules to run twice, as checkpoint_activations(model, blocks=[module, ...])')
     for b in blocks:
         if 'forward' not in vars(b): b.forward = partial(_twice, b, b.forward)
     return model

@@ -91,9 +91,11 @@ def _momentum(p, state):
     return state['momentum_buffer']
 
 # %% ../nbs/05_lars.ipynb #9cbd5920
-def _check_options(o):
+def _check_options(o, known):
     for k in ('lr', 'momentum', 'weight_decay', 'trust_coefficient'):
-        if not o[k] >= 0: raise ValueError(f'LARS: {k} must be 0 or more, got {o[k]}')
+        if not 0 <= o[k] < math.inf: raise ValueError(f'LARS: {k} must be 0 or more and finite, got {o[k]}')
+    labels = {'params', 'param_names', 'name', 'initial_lr'}        # PyTorch's, and its schedulers'
+    if unknown := sorted(set(o) - set(known) - labels): raise ValueError(f'LARS: a group has no option {", ".join(unknown)}; there are {", ".join(known)}')
 
 # %% ../nbs/05_lars.ipynb #8dc64db1
 class LARS(torch.optim.Optimizer):
@@ -109,8 +111,14 @@ class LARS(torch.optim.Optimizer):
         options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=None)
         super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, options)
     def add_param_group(self, param_group):
-        _check_options(self.defaults | param_group)
+        _check_options(self.defaults | param_group, self.defaults)
         super().add_param_group(param_group)
+    def __setstate__(self, state):
+        known = state.get('defaults') or self.defaults
+        for g in state['param_groups']:
+            if missing := [k for k in known if k not in g]:
+                raise ValueError(f'LARS: this state is that of another optimiser, or of another version; its groups lack {", ".join(missing)}')
+        super().__setstate__(state)
     @torch.no_grad()
     def step(self, closure=None):
         "One update of every parameter that has a gradient."
@@ -131,29 +139,37 @@ def peak_lr(
     if rule not in _rules: raise ValueError(f'unknown rule {rule!r}; there are {", ".join(map(repr, _rules))}')
     if batch < 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
     default, scale = _rules[rule]
-    return scale(default if base is None else base, batch)
+    if base is None: base = default
+    if not 0 <= base < math.inf: raise ValueError(f'base must be 0 or more and finite, got {base}')
+    return scale(base, batch)
 
 # %% ../nbs/05_lars.ipynb #fb0d6342
+def _check_run(examples, epochs, batch):
+    if not batch >= 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
+    for k, v in dict(examples=examples, epochs=epochs).items():
+        if not 0 <= v < math.inf: raise ValueError(f'{k} must be 0 or more and finite, got {v}')
+
+# %% ../nbs/05_lars.ipynb #78c0f770
 def total_steps(
     examples:int, # images in the training set
     epochs:float, # passes over it
     batch:int, # images per step, over all processes
 )->int: # T, where the cosine reaches 0
     "Steps of a whole run, as the official code counts them."
-    if batch < 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
+    _check_run(examples, epochs, batch)
     return int(examples*epochs//batch) + 1
 
-# %% ../nbs/05_lars.ipynb #78c0f770
+# %% ../nbs/05_lars.ipynb #ba330b24
 def warmup_steps(
     examples:int, # images in the training set
     batch:int, # images per step, over all processes
     epochs:float=10, # the paper's 10 epochs
 )->int: # w, where the rate reaches its peak
     "Steps of linear warm-up, as the official code counts them."
-    if batch < 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
+    _check_run(examples, epochs, batch)
     return round(epochs*examples//batch)
 
-# %% ../nbs/05_lars.ipynb #9551f316
+# %% ../nbs/05_lars.ipynb #43b674c5
 def _check_schedule(step, total_steps, warmup_steps, base):
     if total_steps < 1: raise ValueError(f'total_steps must be 1 or more, got {total_steps}')
     if not 0 <= warmup_steps <= total_steps:
@@ -161,7 +177,7 @@ def _check_schedule(step, total_steps, warmup_steps, base):
     if not step >= 0: raise ValueError(f'step counts from 0, got {step}')
     if not base >= 0: raise ValueError(f'base, the peak learning rate, must be 0 or more, got {base}')
 
-# %% ../nbs/05_lars.ipynb #43b674c5
+# %% ../nbs/05_lars.ipynb #83b53bdc
 def learning_rate(
     step:int, # t, counted from 0
     *,
@@ -175,7 +191,7 @@ def learning_rate(
     if step >= total_steps: return 0.
     return .5*base*(1 + math.cos(math.pi*(step - warmup_steps)/(total_steps - warmup_steps)))
 
-# %% ../nbs/05_lars.ipynb #d1ec5254
+# %% ../nbs/05_lars.ipynb #f79f2cc1
 def rate_schedule(
     total_steps:int, # T
     warmup_steps:int, # w

@@ -1,8 +1,8 @@
 "Cached gradients and activation checkpointing in a real learner: against the whole batch, under mixed precision, with random layers."
 import copy
 
-import pytest, torch
-from fastai.callback.core import Callback
+import pytest, timm, torch, torchvision
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
@@ -122,14 +122,69 @@ def test_a_step_that_overflows_is_skipped():
     for a, b in zip(weights(learn).values(), Encoder(torch.float32).state_dict().values()): torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_what_a_broken_fit_leaves_is_cleared_by_the_next():
-    class Break(Callback):
-        def after_loss(self): raise RuntimeError('enough')
-    net = nn.Linear(3, 4)
+class Rows(nn.Module):
+    "A small encoder that notes how many rows it gets, and can break."
+    def __init__(self): super().__init__(); self.linear, self.seen, self.broken = nn.Linear(3, 4), [], False
+    def forward(self, x):
+        self.seen.append(len(x))
+        if self.broken: raise KeyboardInterrupt
+        return self.linear(x)
+
+
+class Break(Callback):
+    def __init__(self, event, error): setattr(self, event, self.go); self.error = error
+    def go(self): raise self.error
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), FloatingPointError('nan')])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'after_step', 'inside'])
+def test_after_a_broken_fit_the_model_is_whole(event, error):
+    net = Rows()
+    dls = DataLoaders([(torch.randn(8, 3), torch.zeros(8))], [(torch.randn(1, 3), torch.zeros(1))])
+    learn = Learner(dls, net, lambda z, _: nt_xent(z) if len(z) > 1 else z.sum(), opt_func=lambda ps, **kw: OptimWrapper(ps, LARS, **kw), splitter=param_groups)
+    learn.remove_cbs(ProgressCallback)
+    net.broken = event == 'inside'
+    with learn.no_logging():
+        with pytest.raises(KeyboardInterrupt if net.broken else type(error)): learn.fit(1, cbs=[CachedGradients(1), Break(event, error)])
+        assert 'forward' not in vars(net)
+        net.broken = False
+        net.seen.clear()
+        learn.fit(1, lr=.1)
+        assert net.seen == [8, 1], 'a plain fit takes the whole batch at once, and then evaluates one row'
+        net.seen.clear()
+        learn.fit(1, lr=.1, cbs=CachedGradients(2))
+        assert net.seen == [4, 4, 4, 4, 1], 'two pieces, twice; evaluation whole'
+    assert 'forward' not in vars(net)
+
+
+def test_a_cancelled_batch_and_a_checkpointed_model_are_left_as_they_were():
+    class Skip(Callback):
+        def before_batch(self): raise CancelBatchException
+    net = Rows()
+    checkpoint_activations(net, blocks=[net])
+    before = net.forward
     dls = DataLoaders([(torch.randn(8, 3), torch.zeros(8))], [])
     learn = Learner(dls, net, lambda z, _: nt_xent(z), opt_func=lambda ps, **kw: OptimWrapper(ps, LARS, **kw), splitter=param_groups)
     learn.remove_cbs(ProgressCallback)
     with learn.no_logging():
-        with pytest.raises(RuntimeError, match='enough'): learn.fit(1, cbs=[CachedGradients(1), Break()])
-        learn.fit(1, lr=.1, cbs=CachedGradients(2))
-    assert 'forward' not in vars(net)
+        learn.fit(1, cbs=[CachedGradients(2), Skip()])
+        assert net.forward is before and not net.seen
+        learn.fit(1, cbs=CachedGradients(2))
+    assert net.forward is before and net.seen[:2] == [4, 4]
+
+
+@pytest.mark.parametrize('network, kind, number', [
+    (lambda: nn.Sequential(torchvision.models.resnet18(num_classes=8), nn.Linear(8, 4)), 'BasicBlock', 8),
+    (lambda: timm.create_model('convnext_atto', num_classes=4), 'ConvNeXtBlock', 12),
+    (lambda: torchvision.models.mobilenet_v3_small(num_classes=4), 'InvertedResidual', 11)])
+def test_the_innermost_blocks_are_taken_and_gradients_are_equal(network, kind, number):
+    torch.manual_seed(0)
+    plain = network().double()
+    for m in plain.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    thin = checkpoint_activations(copy.deepcopy(plain))
+    assert [type(m).__name__ for m in thin.modules() if 'forward' in vars(m)] == [kind]*number
+    x = torch.randn(4, 3, 32, 32).double()
+    a, b = (torch.autograd.grad(nt_xent(m(x)), list(m.parameters())) for m in (plain, thin))
+    for p, q in zip(a, b, strict=True): torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    for p, q in zip(plain.buffers(), thin.buffers(), strict=True): torch.testing.assert_close(p, q, rtol=0, atol=0)

@@ -50,9 +50,11 @@ def take_step(net, x, gather=None, chunk=None):
     return dict(loss=loss.detach(), grads=grads, weights=[p.detach().clone() for p in net.parameters()])
 
 
-def refusal(*shape):
-    try: gather_rows(torch.zeros(*shape))
-    except ValueError as e: return str(e)
+def refusal(*shape, **kwargs):
+    "The error that gather_rows raises, and after how many seconds."
+    start = time.monotonic()
+    try: gather_rows(torch.zeros(shape, **kwargs))
+    except ValueError as e: return str(e), time.monotonic() - start
 
 
 @contextmanager
@@ -189,6 +191,9 @@ def worker(rank, world, folder):
 
     last = rank == world - 1
     told['unequal'] = [refusal(6 if last else 8, 4), refusal(8, 3 if last else 4)]
+    told['refused'] = dict(empty=refusal(0 if last else 8, 4), odd=refusal(7 if last else 8, 4), all_odd=refusal(7, 4), flat=refusal(8) if last else refusal(8, 4),
+                           scalar=refusal() if last else refusal(8, 4), dtype=refusal(8, 4, dtype=torch.float64 if last else torch.float32),
+                           half=refusal(8, 4, dtype=torch.bfloat16 if last else torch.float16), integer=refusal(8, 4, dtype=torch.int64))
     told['after'] = gather_rows(torch.full((2, 1), float(rank)))[0]
     torch.save(told, f'{folder}/rank{rank}.pt')
     dist.barrier()  # nobody leaves while another still sends
@@ -265,7 +270,7 @@ def test_n_times_d_numbers_travel_each_way(told):
     world, numbers = len(told), 2*IMAGES*6
     for t in told:
         (_, *shapes), (_, *rows) = t['forward']
-        assert shapes == [2, 2*world] and rows == [numbers//world, numbers]
+        assert shapes == [4, 4*world] and rows == [numbers//world, numbers]
         (name, *back), = t['backward']
         assert name.startswith('reduce_scatter') and back == [numbers, numbers//world]
 
@@ -346,7 +351,18 @@ def test_the_function_alone_on_a_device(tmp_path, device, backend, kind):
 def test_unequal_shapes_are_refused_by_all_and_nothing_hangs(told):
     last = len(told) - 1
     for t in told:
-        rows, columns = t['unequal']
+        (rows, _), (columns, _) = t['unequal']
         assert 'equally many rows' in rows and 'rank 0: 8x4' in rows and f'rank {last}: 6x4' in rows and 'drop_last=True' in rows
         assert f'rank {last}: 8x3' in columns
         close(t['after'], torch.arange(len(told)).float().repeat_interleave(2)[:, None])   # the group still works
+
+
+def test_whatever_rows_one_process_has_all_of_them_refuse_at_once(told):
+    last = len(told) - 1
+    expected = dict(empty=f'rank {last}: 0x4', odd=f'rank {last}: 7x4', all_odd='rank 0: 7x4', flat=f'rank {last}: 1 dimension', scalar=f'rank {last}: 0 dimensions',
+                    dtype=f'rank {last}: 8x4 float64', half=f'rank {last}: 8x4 bfloat16', integer='rank 0: 8x4 of another type')
+    for t in told:
+        assert t['refused'].keys() == expected.keys()
+        for k, (message, seconds) in t['refused'].items():
+            assert expected[k] in message and '(2n, D)' in message, message
+            assert seconds < SECONDS/4, k
