@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'simclr_nb.cli.describe': ('cli.html#describe', 'simclr_nb/cli.py'),
                                'simclr_nb.cli.draw_run': ('cli.html#draw_run', 'simclr_nb/cli.py'),
                                'simclr_nb.cli.evaluate': ('cli.html#evaluate', 'simclr_nb/cli.py'),
+                               'simclr_nb.cli.loading_lines': ('cli.html#loading_lines', 'simclr_nb/cli.py'),
                                'simclr_nb.cli.new_run': ('cli.html#new_run', 'simclr_nb/cli.py'),
                                'simclr_nb.cli.plain_errors': ('cli.html#plain_errors', 'simclr_nb/cli.py'),
                                'simclr_nb.cli.pretrain': ('cli.html#pretrain', 'simclr_nb/cli.py'),
