@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c, numpy as np, torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from .encoder import _write, encoder_config, load_encoder, resnet, save_encoder
+from .data import _to_rgb
+from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
 # %% ../nbs/09_checkpoints.ipynb #1e5218a0
@@ -195,6 +197,7 @@ def _kernel(entries, name, ndim):
     "The shape of a kernel that decides about the network."
     shape = entries[name].shape if name in entries else ()
     if len(shape) != ndim or min(shape) < 1: raise BadCheckpoint(f'{name} is missing' if not shape else f'{name} has shape {shape}, where {ndim} dimensions were expected')
+    if entries[name].dtype != 1: raise BadCheckpoint(f'1 not float32: {name}')
     return shape
 
 def _encoder(entries):
@@ -216,12 +219,16 @@ def _head(entries, d):
     hidden, out = (_kernel(entries, f'head_contrastive/nl_{i}/dense/kernel', 2)[1] for i in (0, n - 1))
     return projection_head(d, dim_out=out, hidden=hidden, layers=max(2, n))
 
+def _deep(entries):
+    "Three layers or more in the head, as in SimCLRv2."
+    return 'head_contrastive/nl_2/dense/kernel' in entries
+
 def _network(entries):
     "An empty network of the file's shape."
     with torch.device('meta'):
         encoder = _encoder(entries)
         parts = dict(encoder=encoder, head=_head(entries, encoder.feature_dim))
-        if any(n.startswith('head_supervised/') for n in entries):
+        if not _deep(entries) and any(n.startswith('head_supervised/') for n in entries):
             parts['classifier'] = nn.Linear(encoder.feature_dim, _kernel(entries, 'head_supervised/linear_layer/dense/kernel', 2)[1])
     return nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
 
@@ -233,7 +240,8 @@ def _some(names):
 def _bookkeeping(entries, used):
     "Names of what training needed and the network does not."
     slot = lambda n: n.rpartition('/')[0] in used and n.rpartition('/')[2] in ('Momentum', 'Adam', 'Adam_1')
-    return sorted(n for n in entries if n in ('global_step', 'beta1_power', 'beta2_power') or n.startswith('ema_model/') or slot(n))
+    aside = ('ema_model/', 'head_supervised/') if _deep(entries) else ('ema_model/',)
+    return sorted(n for n in entries if n in ('global_step', 'beta1_power', 'beta2_power') or n.startswith(aside) or slot(n))
 
 def _theirs(shape): return tuple(shape[i] for i in (2, 3, 1, 0)) if len(shape) == 4 else tuple(shape)[::-1]
 
@@ -249,10 +257,11 @@ def _compare(net, names, entries):
 # %% ../nbs/09_checkpoints.ipynb #cf71e44e
 def _prefix(path):
     "model.ckpt-123, from that, from one of its files, or from a folder with one checkpoint."
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob('*.index'))
-        if len(found) != 1: raise FileNotFoundError(f'{path} holds no checkpoint (no .index file)' if not found else f'{path} holds {len(found)} checkpoints, name one of them: {_some(f.stem for f in found)}')
+    path = Path(path).expanduser()
+    if path.is_dir() and not Path(f'{path}.index').is_file():
+        found, ours = sorted(path.glob('*.index')), [f.name for f in path.glob('*.safetensors')]
+        if len(found) > 1: raise FileNotFoundError(f'{path} holds {len(found)} checkpoints, name one of them: {_some(f.stem for f in found)}')
+        if not found: raise FileNotFoundError(f'{path} holds no checkpoint (no .index file)' + (f', but {_some(ours)}: give such a file by its own name, to convert or to load_encoder' if ours else ''))
         path = found[0]
     prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(path))
     if not Path(f'{prefix}.index').is_file(): raise FileNotFoundError(f'there is no checkpoint {prefix}: {prefix}.index is not a file')
@@ -263,8 +272,8 @@ class Official(NamedTuple):
     "What an official checkpoint holds."
     encoder:nn.Module # (B, 3, H, W) in [0, 1] to h (B, d)
     head:nn.Module|None # h to z; None where the file has none, as in the published v1 files
-    classifier:nn.Module|None # h to logits; None where the file has none
-    bookkeeping:list # names that were not used: momentum, steps
+    classifier:nn.Module|None # h to logits; None where the file has none, or a head of 3 layers or more
+    bookkeeping:list # names that were not used: momentum, steps, the classifier beside a head of 3 layers or more
 
 def load_official(
     path:str|Path, # prefix (model.ckpt-123), .index file, or folder
@@ -318,16 +327,27 @@ def center_crop(
     return (_tf_bicubic(h, height) @ image[:, top:top+h, left:left+w].double() @ _tf_bicubic(w, width).T).float()
 
 # %% ../nbs/09_checkpoints.ipynb #735a4d2e
+def _pixels(image):
+    "Any image as a float tensor (3, H, W) in [0, 1]; words about anything else."
+    if isinstance(image, Image.Image): image = torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+    given = f'{tuple(image.shape)} of {image.dtype}' if isinstance(image, Tensor) else type(image).__name__
+    fits = isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3 and image.numel() > 0
+    if fits and image.dtype == torch.uint8: return image/255
+    if fits and image.is_floating_point():
+        if image.min() >= 0 and image.max() <= 1: return image.float()
+        given += f' with values from {image.min():g} to {image.max():g}'
+    raise ValueError(f'an image is a Pillow image, or a tensor (3, H, W) of uint8 or of floats in [0, 1]; got {given}')
+
+# %% ../nbs/09_checkpoints.ipynb #c1bb014c
 class OfficialEval:
     "The official code's preparation of an image for evaluation."
     def __init__(self, size:int=224): self.size = size
     def __call__(self,
         image, # a Pillow image, or a tensor (3, H, W): uint8, or float in [0, 1]
     )->Tensor: # (3, size, size) float32 in [0, 1]
-        x = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
-        x = x/255 if x.dtype == torch.uint8 else x
+        x = _pixels(image)
         if self.size > 32: return center_crop(x, self.size, self.size).clamp(0, 1)
-        if x.shape[-2:] == (self.size, self.size): return x.clamp(0, 1)
+        if x.shape[-2:] == (self.size, self.size): return x
         raise ValueError(f'at {self.size} pixels the official code neither crops nor scales: it takes images of that size, got {tuple(x.shape)}')
 
 def preprocess(
@@ -338,7 +358,7 @@ def preprocess(
     if name != 'official': raise ValueError(f"unknown preprocessing {name!r}; there is 'official'")
     return OfficialEval(size)
 
-# %% ../nbs/09_checkpoints.ipynb #ff807642
+# %% ../nbs/09_checkpoints.ipynb #322a1640
 def torchvision_state(
     encoder:nn.Module, # from `resnet`: 50, 101 or 152 at width 1 with the ImageNet stem
     classifier:nn.Linear|None=None, # becomes `fc`
@@ -356,7 +376,7 @@ def _torchvision_name(key):
     key = re.sub(r'^group(\d)\.(\d+)\.shortcut\.(conv|bn)', lambda m: f"layer{m[1]}.{m[2]}.downsample.{'01'[m[3] == 'bn']}", key)
     return re.sub(r'^group(\d)\.(\d+)\.branch\.(\d)\.(conv|bn)', lambda m: f'layer{m[1]}.{m[2]}.{m[4]}{int(m[3])//2 + 1}', key)
 
-# %% ../nbs/09_checkpoints.ipynb #c2750422
+# %% ../nbs/09_checkpoints.ipynb #c571d0d7
 def export_onnx(
     encoder:nn.Module, # with a `config`, as from `build_encoder`, `load_encoder` or `load_official`
     path:str|Path, # the .onnx file
@@ -364,14 +384,13 @@ def export_onnx(
     "Write the encoder as ONNX: 'image' (B, 3, size, size) in [0, 1] to 'h' (B, d)."
     try: import onnx, onnxscript
     except ImportError as e: raise ImportError("ONNX export needs the packages onnx and onnxscript: pip install 'simclr_nb[export]'") from e
-    size, training = encoder.config['size'], encoder.training
+    size = encoder.config['size']
     example = torch.rand(2, 3, size, size, device=next(encoder.parameters()).device)
-    try: torch.onnx.export(encoder.eval(), (example,), path, input_names=['image'], output_names=['h'], dynamo=True, verbose=False,
+    with _evaluating(encoder): torch.onnx.export(encoder, (example,), path, input_names=['image'], output_names=['h'], dynamo=True, verbose=False,
         dynamic_shapes=({0: torch.export.Dim('B')},), external_data=sum(p.numel() for p in encoder.parameters()) > 4e8)
-    finally: encoder.train(training)
     return Path(path)
 
-# %% ../nbs/09_checkpoints.ipynb #8741f0a3
+# %% ../nbs/09_checkpoints.ipynb #30cb6352
 _CARD = '''---
 license: {licence}
 library_name: simclr_nb
@@ -391,15 +410,16 @@ encoder = load_encoder('model.safetensors')
 SimCLR: Chen, Kornblith, Norouzi, Hinton 2020, https://arxiv.org/abs/2002.05709
 '''
 _PREPARATION = '''
-Images are prepared as in the official code (central crop, TensorFlow's bicubic scaling):
+Images are prepared as in the official code ({how}):
 
 ```python
 from simclr_nb.checkpoints import preprocess
-x = preprocess('official', {size})(image)[None]
+from simclr_nb.data import open_image
+h = encoder(preprocess('official', {size})(open_image('image.png'))[None])
 ```
 '''
 
-# %% ../nbs/09_checkpoints.ipynb #30cb6352
+# %% ../nbs/09_checkpoints.ipynb #2d982cdc
 def write_hub(
     encoder:nn.Module, # with a `config` that names its architecture
     folder:str|Path, # made where it is not
@@ -410,11 +430,13 @@ def write_hub(
     save_encoder(encoder, folder/'model.safetensors', **facts)
     config = dict(source='not stated', licence='unknown') | encoder_config(folder/'model.safetensors')
     (folder/'config.json').write_text(json.dumps(config, indent=1) + '\n')
-    preparation = _PREPARATION.format(**config) if config.get('preprocess') == 'official' else ''
-    (folder/'README.md').write_text(_CARD.format(**config, preparation=preparation))
+    size = config['size']
+    how = "central crop, TensorFlow's bicubic scaling" if size > 32 else f'at this size they are taken as they are, {size} × {size} pixels'
+    preparation = _PREPARATION.format(size=size, how=how) if config.get('preprocess') == 'official' else ''
+    (folder/'README.md').write_text(_CARD.format(**config | dict(licence=json.dumps(config['licence']), preparation=preparation)))
     return folder
 
-# %% ../nbs/09_checkpoints.ipynb #241fd892
+# %% ../nbs/09_checkpoints.ipynb #05e2432b
 def _files(to):
     "What a conversion writes."
     more = {None: [], 'torchvision': ['torchvision.safetensors'], 'timm': ['timm.safetensors'], 'onnx': ['encoder.onnx']}
@@ -427,7 +449,7 @@ def _look_before(path, files, overwrite):
     there = [str(f) for f in files if f.exists() and not (Path(path).exists() and f.samefile(path))]
     if there and not overwrite: raise FileExistsError(f'{_some(there)} would be replaced: choose another folder, or allow it with overwrite')
 
-# %% ../nbs/09_checkpoints.ipynb #05e2432b
+# %% ../nbs/09_checkpoints.ipynb #9f7edb8b
 def convert(
     path:str|Path, # official checkpoint, or an encoder file of ours (.safetensors)
     out:str|Path, # folder, made where it is not
@@ -436,13 +458,14 @@ def convert(
     **facts, # for the description: source, licence
 )->list: # the files written
     "Write an encoder for others to use."
-    ours, out = str(path).endswith('.safetensors'), Path(out)
+    path, out = Path(path).expanduser(), Path(out).expanduser()
+    ours = path.suffix == '.safetensors'
     _look_before(path, [out/f for f in _files(to)], overwrite)
     net = Official(load_encoder(path), None, None, []) if ours else load_official(path)
     facts = ({} if ours else dict(licence='apache-2.0')) | facts
     state = torchvision_state(net.encoder, net.classifier) if to in ('torchvision', 'timm') else None # an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    if to == 'hub': return sorted(write_hub(net.encoder, out, **facts).iterdir())
+    if to == 'hub': return [write_hub(net.encoder, out, **facts)/f for f in _files(to)]
     files = [save_encoder(net.encoder, out/'encoder.safetensors', **facts)]
     if to == 'onnx': return files + [export_onnx(net.encoder, out/'encoder.onnx')]
     if state: _write({k: t.detach().contiguous() for k, t in state.items()}, out/f'{to}.safetensors', dict(format='pt'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_json', 'save_figure', 'new_run', 'plain_errors', 'describe', 'train_run', 'pretrain', 'rivals', 'draw_run',
-           'seen_unlabelled', 'evaluate', 'convert']
+           'seen_unlabelled', 'evaluate', 'loading_lines', 'convert']
 
 # %% ../nbs/10_cli.ipynb #3798ea60
 import warnings
@@ -19,11 +19,12 @@ import fastai, matplotlib.pyplot as plt, numpy as np, torch
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import default_device, no_random
 from fastcore.script import call_parse, store_true
+from safetensors import safe_open
 from torch import nn
 from . import __version__
 from .checkpoints import convert as convert_encoder
 from .data import BadImage, load_images, train_test
-from .encoder import build_encoder, load_encoder
+from .encoder import build_encoder, encoder_config, load_encoder
 from .evaluation import as_table, check_labels, compare, embed, plot_map, plot_neighbours, plot_scores
 from .learner import simclr_learner
 
@@ -151,6 +152,7 @@ def evaluate(
     with plain_errors():
         run = Path(run)
         encoder = load_encoder(run/'encoder.safetensors')
+        if encoder.config.get('preprocess') == 'official': print("this encoder comes from the official code; here images are scaled with antialiasing, not as TensorFlow does")
         train, test = train_test(source)
         check_labels(train, test)
         size, rival = encoder.config['size'], rivals(encoder)
@@ -167,9 +169,20 @@ def evaluate(
         print(f'report: {run/"report.json"}, pictures: {run/"figures"}')
 
 # %% ../nbs/10_cli.ipynb #4f72a159
-_REMARKS = {'torchvision': 'torchvision pads the pool of its stem otherwise: features are the same only with model.maxpool = simclr_nb.encoder.MaxPoolSame()',
-    'timm': 'timm pads the pool of its stem otherwise: features are the same only with model.maxpool = simclr_nb.encoder.MaxPoolSame()'}
+def loading_lines(
+    to:str, # 'torchvision' or 'timm'
+    arch:str, # resnet50, say
+    file:Path, # what `convert` wrote
+)->str:
+    "How the other program loads the file."
+    with safe_open(file, 'pt') as f: n = f.get_slice('fc.weight').get_shape()[0] if 'fc.weight' in f.keys() else 0
+    if to == 'timm': load = f"model = timm.create_model('{arch}', num_classes={n}, checkpoint_path={str(file)!r})"
+    else:
+        make = f'model = torchvision.models.{arch}({f"num_classes={n}" if n else ""})' + ('' if n else '; model.fc = torch.nn.Identity()')
+        load = f'{make}; model.load_state_dict(safetensors.torch.load_file({str(file)!r}))'
+    return f'load it with\n{load}\n{to} pads the pool of its stem otherwise: features are the same only with\nmodel.maxpool = simclr_nb.encoder.MaxPoolSame()'
 
+# %% ../nbs/10_cli.ipynb #3cf57a3e
 @call_parse
 def convert(
     checkpoint:str, # of the official TensorFlow code (prefix, .index file or folder), or an encoder.safetensors
@@ -182,5 +195,6 @@ def convert(
     "Turn a checkpoint into an encoder file, and into what other programs read."
     with plain_errors():
         facts = {k: v for k, v in dict(source=source, licence=licence).items() if v}
-        for file in convert_encoder(checkpoint, out, to, overwrite, **facts): print(file)
-        if to in _REMARKS: print(_REMARKS[to])
+        files = convert_encoder(checkpoint, out, to, overwrite, **facts)
+        print(*files, sep='\n')
+        if to in ('torchvision', 'timm'): print(loading_lines(to, encoder_config(files[0])['arch'], files[-1]))

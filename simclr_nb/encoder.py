@@ -9,6 +9,7 @@ __all__ = ['conv_bn', 'MaxPoolSame', 'Residual', 'basic_block', 'bottleneck', 'r
 # %% ../nbs/02_encoder.ipynb #aa8c1735
 import difflib, json, os, re
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm, torch, torch.nn.functional as F, torchvision
@@ -115,15 +116,21 @@ def resnet(
     return net
 
 # %% ../nbs/02_encoder.ipynb #227810ad
-@torch.no_grad()
-def _probe(encoder, size):
-    like, modes = next(encoder.parameters(), torch.empty(0)), [(m, m.training) for m in encoder.modules()]
-    x = torch.full((1, 3, size, size), .5, device=like.device, dtype=like.dtype)
-    try:
-        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []): return encoder.eval()(x)
-    except Exception as e: raise ValueError(f'the encoder cannot take images of shape {tuple(x.shape)}: {e}') from e
+@contextmanager
+def _evaluating(net):
+    "In eval mode for a while; then each submodule is as it was."
+    modes = [(m, m.training) for m in net.modules()]
+    try: yield net.eval()
     finally:
         for m, mode in modes: m.training = mode
+
+@torch.no_grad()
+def _probe(encoder, size):
+    like = next(encoder.parameters(), torch.empty(0))
+    x = torch.full((1, 3, size, size), .5, device=like.device, dtype=like.dtype)
+    try:
+        with _evaluating(encoder), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []): return encoder(x)
+    except Exception as e: raise ValueError(f'the encoder cannot take images of shape {tuple(x.shape)}: {e}') from e
 
 # %% ../nbs/02_encoder.ipynb #050adb82
 def feature_dim(
@@ -192,6 +199,7 @@ def build_encoder(
     stem:str|None=None, # our ResNets only: 'imagenet' or 'cifar'; None: 'cifar' up to 32 px, as in the official code
 )->nn.Module: # (B, 3, size, size) to h (B, feature_dim), with `.feature_dim` and `.config`
     "The encoder of this name, with random weights; a module is taken as it is."
+    if size < 1: raise ValueError(f'images have 1 pixel a side or more, got size={size}')
     ours = _parse(arch) if isinstance(arch, str) else None
     if ours:
         encoder = resnet(*ours, stem or ('cifar' if size <= 32 else 'imagenet'))
@@ -254,8 +262,17 @@ def encoder_config(
         with safe_open(path, 'pt') as f: metadata = f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}') from e
     if 'simclr_nb' not in metadata: raise ValueError(f'{path} holds tensors, but not the description that save_encoder writes: it cannot be known which network they are for')
-    config = json.loads(metadata['simclr_nb'])
-    if config['format'] > _FORMAT: raise ValueError(f"{path} has format {config['format']}, from simclr_nb {config['version']}; this is {__version__}, which reads up to {_FORMAT}")
+    return _understood(metadata['simclr_nb'], path)
+
+def _understood(text, path):
+    "The description as a dict, or what is wrong with it."
+    try: config = json.loads(text)
+    except ValueError as e: raise ValueError(f'the description in {path} is damaged: it is not JSON ({e})') from e
+    if not isinstance(config, dict) or not isinstance(config.get('format'), int): raise ValueError(f'the description in {path} is damaged: it names no format, a whole number')
+    if config['format'] > _FORMAT: raise ValueError(f"{path} has format {config['format']}, from simclr_nb {config.get('version')}; this is {__version__}, which reads up to {_FORMAT}")
+    types = dict(arch=str|None, size=int, stem=str|None, feature_dim=int)
+    wrong = [k for k, t in types.items() if k not in config or not isinstance(config[k], t)]
+    if wrong: raise ValueError(f'the description in {path} is damaged: {", ".join(wrong)} missing or of a wrong type')
     return config
 
 # %% ../nbs/02_encoder.ipynb #2b88a919

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from .data import ImageSet, still_loader
+from .encoder import _evaluating
 
 # %% ../nbs/08_evaluation.ipynb #bf771d6c
 @torch.no_grad()
@@ -29,10 +30,8 @@ def embed(
     num_workers:int|None=None,
 )->tuple: # features (n, d) float32 on the CPU, and the indices (n,) of the images they belong to
     "The representation of every readable image, with the encoder frozen in evaluation mode."
-    like, training = next(encoder.parameters(), torch.empty(0)), encoder.training
-    encoder.eval()
-    try: got = [(encoder(x.to(like.device, like.dtype)/255).float().cpu(), i) for x, i in still_loader(images, size, crop, bs, num_workers)]
-    finally: encoder.train(training)
+    like = next(encoder.parameters(), torch.empty(0))
+    with _evaluating(encoder): got = [(encoder(x.to(like.device, like.dtype)/255).float().cpu(), i) for x, i in still_loader(images, size, crop, bs, num_workers)]
     if not got: raise ValueError(f'none of the {len(images)} images could be read')
     return tuple(torch.cat(t) for t in zip(*got))
 

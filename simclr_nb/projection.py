@@ -68,9 +68,11 @@ def projection_head(
     bn:bool=True, # batch norm, as in the official code; False: as in the paper's text
 )->ProjectionHead: # h (B, d) to z (B, D)
     "The official code's projection head g."
-    if min(dim_in, dim_out, hidden or 1) < 1: raise ValueError(f'sizes are 1 or more, got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}')
+    hidden = dim_in if hidden is None else hidden
+    if min(dim_in, dim_out, hidden) < 1: raise ValueError(f'sizes are 1 or more, got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}')
+    if kind in ('none', 'linear') and layers != 2: raise ValueError(f"layers counts the matrices of a 'nonlinear' head; leave it out for {kind!r}, got {layers}")
     if layers < 2: raise ValueError(f"a nonlinear head has 2 layers or more, got {layers}; the head with one is 'linear'")
-    return ProjectionHead(kind, dim_in, hidden or dim_in, dim_out, layers, bn)
+    return ProjectionHead(kind, dim_in, hidden, dim_out, layers, bn)
 
 # %% ../nbs/03_projection.ipynb #430f0814
 class HZ(NamedTuple):
