@@ -17,6 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from .data import ImageSet, still_loader
+from .encoder import _evaluating
+from .encoder import _evaluating
 
 # %% ../nbs/08_evaluation.ipynb #bf771d6c
 @torch.no_grad()
