@@ -18,7 +18,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from .data import ImageSet, still_loader
 from .encoder import _evaluating
-from .encoder import _evaluating
 
 # %% ../nbs/08_evaluation.ipynb #bf771d6c
 @torch.no_grad()
