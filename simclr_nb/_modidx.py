@@ -471,6 +471,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simclr_nb.learner._OnPairs': ('learner.html#_onpairs', 'simclr_nb/learner.py'),
                                    'simclr_nb.learner._OnPairs.__call__': ('learner.html#_onpairs.__call__', 'simclr_nb/learner.py'),
                                    'simclr_nb.learner._OnPairs.__init__': ('learner.html#_onpairs.__init__', 'simclr_nb/learner.py'),
+                                   'simclr_nb.learner._learner': ('learner.html#_learner', 'simclr_nb/learner.py'),
                                    'simclr_nb.learner._loaders': ('learner.html#_loaders', 'simclr_nb/learner.py'),
                                    'simclr_nb.learner._recipe': ('learner.html#_recipe', 'simclr_nb/learner.py'),
                                    'simclr_nb.learner._unit_range': ('learner.html#_unit_range', 'simclr_nb/learner.py'),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import google_crc32c, numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from .data import _to_rgb
+from .data import _to_rgb, pixels
 from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
@@ -329,7 +329,7 @@ def center_crop(
 # %% ../nbs/09_checkpoints.ipynb #735a4d2e
 def _pixels(image):
     "Any image as a float tensor (3, H, W) in [0, 1]; words about anything else."
-    if isinstance(image, Image.Image): image = torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+    if isinstance(image, Image.Image): image = pixels(_to_rgb(ImageOps.exif_transpose(image)))
     given = f'{tuple(image.shape)} of {image.dtype}' if isinstance(image, Tensor) else type(image).__name__
     fits = isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3 and image.numel() > 0
     if fits and image.dtype == torch.uint8: return image/255

@@ -210,7 +210,7 @@ class CachedGradients(Callback):
     def after_batch(self):
         if self.standin: self.standin.undo()    # a batch that was cancelled called nothing
 
-# %% ../nbs/06_distributed.ipynb #13d77968
+# %% ../nbs/06_distributed.ipynb #f37fc5d0
 def _blocks(model):
     "Modules with parts of their own that stand in an `nn.Sequential`: residual blocks, transformer layers. What holds several of them is a stage, or a network, and not a block."
     for child in model.children():

@@ -126,6 +126,14 @@ optimizers = {'lars': partial(OptimWrapper, opt=LARS), 'adam': partial(OptimWrap
 sizes = {'solar_cells': 64, 'cifar10': 32, 'imagenette': 128}
 
 # %% ../nbs/07_learner.ipynb #a46b50b7
+def _learner(dls, model, loss, measures, views, metrics=None, **kwargs):
+    "A `Learner` that measures training batches; there is nothing to validate."
+    learn = Learner(dls, model, loss, metrics=[AvgMetric(f) for f in measures] + L(metrics), **kwargs)
+    learn.add_cbs([views, Guard()])
+    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
+    return learn
+
+# %% ../nbs/07_learner.ipynb #0e2dcf5e
 def simclr_learner(
     data, # folder of images, name of a source, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
     arch='resnet50', # see `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', a timm name, an nn.Module
@@ -151,16 +159,14 @@ def simclr_learner(
         head = head if isinstance(head, nn.Module) else projection_head(encoder.feature_dim, head, dim)
         model = SimCLR(encoder, head).to(memory_format=like)
     if checkpoint: checkpoint_activations(encoder)
-    metrics = [AvgMetric(_OnPairs(f, temperature)) for f in (contrastive_accuracy, contrastive_entropy)] + L(kwargs.pop('metrics', None))
+    metrics = [_OnPairs(f, temperature) for f in (contrastive_accuracy, contrastive_entropy)]
     mine = {} if 'opt_func' in kwargs else {'opt_func': optimizers[opt], 'splitter': param_groups if opt == 'lars' else trainable_params}
-    learn = Learner(_loaders(images, augment, seed, num_workers), model, NTXentLoss(temperature), metrics=metrics, **{**mine, **kwargs})
+    learn = _learner(_loaders(images, augment, seed, num_workers), model, NTXentLoss(temperature), metrics, TwoViews(augment, seed, like), **{**mine, **kwargs})
     learn.opt_name = opt if mine else None
     learn.default_bs = data.train.bs if isinstance(data, DataLoaders) else 256
-    learn.add_cbs([TwoViews(augment, seed, like), Guard()])
-    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
     return learn
 
-# %% ../nbs/07_learner.ipynb #e8f0ff9b
+# %% ../nbs/07_learner.ipynb #8f14ba30
 @patch
 def show_pairs(self:Learner,
     n:int=8, # pairs
@@ -181,7 +187,7 @@ def one_views(self:Learner)->Tensor: # (2B, 3, size, size)
     if batch is None: raise ValueError(self.guard.no_batch_message())
     return self.two_views.views(*(batch[:2] if batch[0].ndim == 5 else batch[:1]))
 
-# %% ../nbs/07_learner.ipynb #4e34b848
+# %% ../nbs/07_learner.ipynb #ecc626a1
 @patch
 def pretrain(self:Learner,
     epochs:int, # the paper's ablations have 100, its results 1000
@@ -207,7 +213,7 @@ def set_batch_size(self:Learner, bs:int|None):
     check_batch(len(self.dls.train.dataset), bs)
     self.dls.train.bs = bs
 
-# %% ../nbs/07_learner.ipynb #d0ad2d80
+# %% ../nbs/07_learner.ipynb #b6d9717c
 @patch
 def plot_loss(self:Learner, ax=None):
     "Training loss by step, smoothed as fastai does, beside the loss of no opinion, ln(2N − 1); returns the figure."
@@ -220,7 +226,7 @@ def plot_loss(self:Learner, ax=None):
     ax.spines[['top', 'right']].set_visible(False)
     return ax.figure
 
-# %% ../nbs/07_learner.ipynb #5b8ace8a
+# %% ../nbs/07_learner.ipynb #3fd456a6
 @patch
 def save_encoder(self:Learner,
     path:str|Path, # ends in .safetensors
@@ -229,7 +235,7 @@ def save_encoder(self:Learner,
     "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
     encoder_file(self.model.encoder, path, size=self.two_views.augment.size, seed=self.two_views.seed, **config)
 
-# %% ../nbs/07_learner.ipynb #83d8a588
+# %% ../nbs/07_learner.ipynb #e98d64af
 class OneView(TwoViews):
     "Makes one view of each image and takes its label as the target."
     def before_fit(self): self.labels = torch.as_tensor(self.dls.train.dataset.images.labels, dtype=torch.long)
@@ -237,7 +243,7 @@ class OneView(TwoViews):
         views, (idxs,) = self.views(*self.xb), self.yb
         self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (self.labels[idxs.cpu()].to(views.device),)
 
-# %% ../nbs/07_learner.ipynb #e98d64af
+# %% ../nbs/07_learner.ipynb #1d6d3358
 def supervised_learner(
     data, # folder with a subfolder for each class, name of a source, or `ImageSet` with labels
     arch='resnet50', # see `build_encoder`
@@ -257,8 +263,4 @@ def supervised_learner(
     with no_random(seed):
         encoder = build_encoder(arch, size)
         model = nn.Sequential(encoder, nn.Linear(encoder.feature_dim, len(images.classes or range(images.labels.max() + 1)))).to(memory_format=torch.channels_last)
-    kwargs['metrics'] = [AvgMetric(accuracy)] + L(kwargs.get('metrics'))
-    learn = Learner(pair_loaders(images, augment, bs, seed, num_workers), model, nn.CrossEntropyLoss(), **kwargs)
-    learn.add_cbs([OneView(augment, seed), Guard()])
-    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
-    return learn
+    return _learner(pair_loaders(images, augment, bs, seed, num_workers), model, nn.CrossEntropyLoss(), [accuracy], OneView(augment, seed), **kwargs)

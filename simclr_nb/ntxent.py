@@ -206,9 +206,9 @@ def uniformity(
 
 # %% ../nbs/04_ntxent.ipynb #eb419da0
 @_full_precision
-def _scores(z, semi_hard):
+def _scores(z, semi_hard, temperature=1):
     "Cosines with the positive, (2N, 1); with all rows, (2N, 2N); and each row's weights of these, the negatives."
-    z = _unit(_check_rows(z, 1))
+    z = _unit(_check_rows(z, temperature))
     s, i, j = z @ z.T, torch.arange(len(z), device=z.device), positives(len(z), z.device)
     pos, negative = s[i, j][:, None], torch.ones_like(s, dtype=torch.bool)
     negative[i, i] = negative[i, j] = False
@@ -224,8 +224,7 @@ def nt_logistic(
     semi_hard:bool=False, # only the closest negative that is farther than the positive; False: all
 )->Tensor: # scalar
     "NT-Logistic of the paper's table 2: is this pair of rows one image or not?"
-    _check_rows(z, temperature)
-    pos, s, weight = _scores(z, semi_hard)
+    pos, s, weight = _scores(z, semi_hard, temperature)
     return (F.softplus(-pos/temperature).squeeze(1) + (weight*F.softplus(s/temperature)).sum(1)).mean()
 
 def margin_triplet(
