@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sources', 'BadImage', 'opened', 'upright_rgb', 'open_image', 'ImageSet', 'folder_images', 'hold_out', 'folder_parts',
            'solar_cells', 'train_test', 'load_images', 'keyed_rng', 'pixels', 'cut', 'shrinkable', 'cut_all',
-           'upright_size', 'Pairs', 'worker_count', 'check_batch', 'pair_loaders', 'central_box', 'Stills',
-           'still_loader']
+           'upright_size', 'Pairs', 'worker_count', 'check_batch', 'PairLoader', 'pair_loaders', 'central_box',
+           'Stills', 'still_loader']
 
 # %% ../nbs/00_data.ipynb #390e4fdc
 import os
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -222,32 +222,32 @@ def upright_size(im:Image.Image)->tuple: # (width, height), pixels
 
 # %% ../nbs/00_data.ipynb #5f0920bb
 class Pairs:
-    "A training set: item i is (crops of image i, two as a rule; for each the numbers that say how to flip, recolour and blur it; i)."
+    "A training set of n images: item e·n + i is what epoch e sees of image i: (crops, two as a rule; for each the numbers that say how to flip, recolour and blur it; i)."
     def __init__(self,
         images:ImageSet,
         augment, # has `size` and `draw_views(key, width, height)`, which returns (boxes, rows)
         seed:int=0,
     ):
-        self.images, self.augment, self.seed, self.epoch, self.skip = images, augment, seed, 0, 0
+        self.images, self.augment, self.seed = images, augment, seed
         keyed_rng(seed)                                  # a bad seed is told now
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
     def __len__(self): return len(self.images)
-    def __getitem__(self, i):
-        n = len(self)
+    def __getitem__(self, item):
+        epoch, i = divmod(item, n := len(self))
         for k in range(n):                                # an unreadable image gives its place to the next
             j = (i + k) % n
             if k and self.unreadable[j]: continue
-            try: return *self.views(j), j
+            try: return *self.views(epoch, j), j
             except BadImage: self.unreadable[j] = True
         raise SkipItemException
-    def views(self, i):
-        "(crops, rows) of image i."
+    def views(self, epoch, i):
+        "(crops, rows) of image i in an epoch."
         with opened(self.images.files[i]) as im:
-            boxes, rows = self.augment.draw_views((self.seed, self.epoch, i), *upright_size(im))
+            boxes, rows = self.augment.draw_views((self.seed, epoch, i), *upright_size(im))
             return cut_all(im, boxes, self.augment.size), rows
-    def order(self, idxs):
-        "Shuffle by (seed, epoch), and leave out the first `skip`, which an interrupted epoch has already seen."
-        return keyed_rng(self.seed, self.epoch, view=2**32).permutation(idxs).tolist()[self.skip:]
+    def order(self, epoch):
+        "The items of an epoch, shuffled by (seed, epoch)."
+        return epoch*len(self) + keyed_rng(self.seed, epoch, view=2**32).permutation(len(self))
     def left_out(self):
         "The files that could not be read so far."
         return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
@@ -270,6 +270,24 @@ def check_batch(
     if n < bs: raise ValueError(f'{n} images are fewer than one batch of {bs}: choose bs of {n} or less, or add images')
 
 # %% ../nbs/00_data.ipynb #3a17f869
+class PairLoader(DataLoader):
+    "Batches of `Pairs`, one epoch after another without a gap; it gives one epoch at a time."
+    start, epoch, done, rank, world = 0, 0, 0, 0, 1     # epochs before this run; its epoch, and its steps that are done; this process, and how many share a batch
+    def steps(self,
+        epochs:int, # passes over the images
+    )->int:
+        "How many steps a run of so many epochs has."
+        return -(-epochs*len(self.dataset)//(self.bs*self.world))
+    def __len__(self): return max(0, self.steps(self.epoch + 1) - self.first)
+    @property
+    def first(self): return max(self.steps(self.epoch), self.done)
+    def get_idxs(self):
+        n, B = len(self.dataset), self.bs*self.world
+        a, b = self.first*B, self.steps(self.epoch + 1)*B
+        items = np.concatenate([self.dataset.order(self.start + e) for e in range(a//n, -(-b//n))])[a % n:][:b - a]
+        return items.reshape(-1, self.world, self.bs)[:, self.rank].flatten().tolist()
+
+# %% ../nbs/00_data.ipynb #4cd010b0
 def pair_loaders(
     images:ImageSet,
     augment, # see `Pairs`
@@ -280,19 +298,17 @@ def pair_loaders(
 )->DataLoaders: # batches (crops (B, 2, 3, H, W) uint8, parameters (B, 2, P), indices (B,))
     "Loaders of pairs, shuffled by key, for training."
     check_batch(len(images), bs)
-    pairs = Pairs(images, augment, seed)
-    train = DataLoader(pairs, bs=bs, shuffle=True, drop_last=True, num_workers=worker_count(num_workers),
-        shuffle_fn=partial(Pairs.order, pairs))          # not pairs.order: fastai would bind it to the loader
+    train = PairLoader(Pairs(images, augment, seed), bs=bs, drop_last=True, num_workers=worker_count(num_workers))
     return DataLoaders(train, train, device=device or default_device())   # fastai wants a second one; it is never read
 
-# %% ../nbs/00_data.ipynb #3ab83c25
+# %% ../nbs/00_data.ipynb #2cf7104e
 def central_box(width, height, crop=1.):
     "The largest central square, `crop` of the shorter side, as a box of whole pixels."
     s = round(crop * min(width, height))
     left, top = (width - s + 1)//2, (height - s + 1)//2
     return left, top, left + s, top + s
 
-# %% ../nbs/00_data.ipynb #cc56dc6c
+# %% ../nbs/00_data.ipynb #e819e858
 class Stills:
     "An evaluation set: item i is the central square of image i, and i."
     def __init__(self,
@@ -308,7 +324,7 @@ class Stills:
                 return cut_all(im, [central_box(*upright_size(im), self.crop)], self.size)[0], i
         except BadImage: raise SkipItemException from None
 
-# %% ../nbs/00_data.ipynb #5a71855d
+# %% ../nbs/00_data.ipynb #9445c9f4
 def still_loader(
     images:ImageSet,
     size:int, # side, pixels

@@ -23,9 +23,8 @@ def images(tmp_path_factory):
 def views_of(images, augment, epoch=0, bs=8, num_workers=0, order=None, skip=0):
     "All views of an epoch, by image, through loader and augmentation."
     dls = pair_loaders(images, augment, bs, SEED, num_workers, device='cpu')
-    pairs = dls.train.dataset
-    pairs.epoch, pairs.skip = epoch, skip
-    if order: dls.train.shuffle_fn = order
+    dls.train.start, dls.train.done = epoch, skip//bs
+    if order: dls.train.get_idxs = order(dls.train.get_idxs)
     got = {}
     for crops, rows, idxs in dls.train:
         views = make_views(augment, crops, rows)
@@ -33,7 +32,7 @@ def views_of(images, augment, epoch=0, bs=8, num_workers=0, order=None, skip=0):
     return got
 
 
-def backwards(idxs): return list(reversed(idxs))
+def backwards(idxs): return lambda: idxs()[::-1]
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
 
 
