@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['BadCheckpoint', 'Entry', 'read_index', 'official_names', 'Official', 'load_official', 'center_crop', 'OfficialEval',
-           'preprocess', 'torchvision_state', 'export_onnx', 'write_hub', 'convert']
+           'preprocess', 'torchvision_state', 'export_onnx', 'write_hub', 'convert', 'write_whole', 'save_state',
+           'load_state', 'saved_states', 'last_state', 'Checkpoints', 'dist_rank', 'bare']
 
 # %% ../nbs/09_checkpoints.ipynb #17d95d00
-import json, math, re
+import io, json, math, os, platform, re, signal, threading, warnings, zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c, numpy as np, torch
+import google_crc32c, numpy as np, torch, torch.distributed as dist
 from PIL import Image, ImageOps
+from fastai.basics import patch
+from fastai.callback.core import Callback
 from torch import Tensor, nn
-from .data import _to_rgb, pixels
+from torch.nn.parallel import DistributedDataParallel
+from . import __version__
+from .data import PairLoader, _to_rgb, pixels
+from .distributed import anywhere
 from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
@@ -470,3 +476,169 @@ def convert(
     if to == 'onnx': return files + [export_onnx(net.encoder, out/'encoder.onnx')]
     if state: _write({k: t.detach().contiguous() for k, t in state.items()}, out/f'{to}.safetensors', dict(format='pt'))
     return files + [out/f'{to}.safetensors']*bool(state)
+
+# %% ../nbs/09_checkpoints.ipynb #5c3584dc
+def write_whole(
+    path:str|Path,
+    data, # bytes
+):
+    "Write a file so that `path` holds all of it, or what it held before, even if the power fails."
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    try:
+        with open(part, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+    if os.name == 'posix':                                # the new name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
+
+# %% ../nbs/09_checkpoints.ipynb #3ffc8909
+def save_state(
+    folder:str|Path,
+    state:dict, # tensors, numbers and text; `state['step']` is in the name
+)->Path:
+    "Write one state of a run."
+    torch.save(state, buffer := io.BytesIO())
+    path = Path(folder)/f"step-{state['step']:09}-{zlib.crc32(buffer.getbuffer()):08x}.pt"
+    write_whole(path, buffer.getbuffer())
+    return path
+
+def load_state(path:str|Path)->dict:
+    "Read one state, on the CPU; `BadCheckpoint` if it is not as it was written. (`torch.load(path, weights_only=True)` reads it too.)"
+    data = Path(path).read_bytes()
+    if f'{zlib.crc32(data):08x}' != Path(path).stem.rpartition('-')[2]: raise BadCheckpoint(f'{path} is damaged: its {len(data)} bytes do not match the checksum in its name')
+    return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+
+# %% ../nbs/09_checkpoints.ipynb #a21a7ae6
+def saved_states(folder:str|Path)->list[Path]:
+    "The states in a folder, the latest first."
+    return sorted(Path(folder).glob('step-*-????????.pt'), reverse=True)
+
+def last_state(folder:str|Path)->tuple: # (state, its file), or (None, None)
+    "The latest state that can be read; damaged ones are named and passed over."
+    for path in (there := saved_states(folder)):
+        try: return load_state(path), path
+        except BadCheckpoint as e: warnings.warn(f'{e}; taking the one before')
+    if there: raise BadCheckpoint(f'none of the {len(there)} checkpoints in {folder} can be read: delete them to begin again')
+    return None, None
+
+# %% ../nbs/09_checkpoints.ipynb #35210fb5
+class Checkpoints(Callback):
+    "Saves the whole state of a run, and takes it up again."
+    order = 80      # after everything else that belongs to a step
+    def __init__(self,
+        folder:str|Path, # of the checkpoints; on several machines one that all of them see
+        every:int=1000, # steps between two of them; one is written at the end of each epoch too
+        keep:int=3, # the last ones stay
+        config:dict|None=None, # what else must be the same for a run to go on: numbers and text
+    ): self.folder, self.every, self.keep, self.config, self.told = Path(folder), every, keep, config or {}, False
+    def before_fit(self):
+        if not isinstance(self.dls.train, PairLoader): raise ValueError("a run can be taken up again only with the library's own loaders: give simclr_learner images, not DataLoaders")
+        self.saved, self.resumed_at = None, 0
+        if not dist_rank(): self.prepare()
+        state, path = last_state(self.folder)
+        self.check_all_agree(state)
+        if state: self.restore(state, path)
+        self.catch_sigterm()
+    def after_batch(self):
+        stop = anywhere(self.told, self.loss.device)
+        if stop or self.train_iter % self.every == 0: self.save()
+        if stop: raise SystemExit(128 + signal.SIGTERM)
+    def after_epoch(self): self.save()
+    def after_fit(self):
+        if self.before_told is not None: signal.signal(signal.SIGTERM, self.before_told)
+
+def dist_rank(): return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+# %% ../nbs/09_checkpoints.ipynb #f079fd16
+def _everybodys(x):
+    "What each process has, by rank."
+    if not (dist.is_available() and dist.is_initialized()): return [x]
+    dist.all_gather_object(out := [None]*dist.get_world_size(), x)
+    return out
+
+@patch
+def belongs_to(self:Checkpoints)->dict:
+    "What must be the same when a run goes on."
+    dl, rate = self.dls.train, getattr(self.learn, 'rate_by_step', None)
+    names = '\n'.join(f.name for f in dl.dataset.images.files).encode()
+    return dict(images=len(dl.dataset), files=zlib.crc32(names), epochs=self.n_epoch, bs=dl.bs*dl.world, seed=dl.dataset.seed,
+        optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__) | (rate.scheds['lr'].keywords if rate else {}) | self.config
+
+@patch
+def state(self:Checkpoints)->dict:
+    "All that the next step depends on."
+    model, scaler = bare(self.model), getattr(self.learn, 'scaler', None)
+    return dict(step=self.train_iter, start=self.dls.train.start, model=model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
+        rng=_everybodys([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
+        callbacks={cb.name: cb.state_dict() for cb in self.cbs if hasattr(type(cb), 'state_dict')},
+        config=self.belongs_to(), versions=dict(simclr_nb=__version__, torch=torch.__version__, python=platform.python_version()))
+
+def bare(model):
+    "The network itself, without what several processes put around it."
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+# %% ../nbs/09_checkpoints.ipynb #9b93952f
+@patch
+def restore(self:Checkpoints, state:dict, path:Path):
+    "Take up a run where `state` left it."
+    is_now = self.belongs_to()
+    for k in [*is_now, *(state['config'].keys() - is_now.keys())]:
+        if (was := state['config'].get(k)) != is_now.get(k):
+            raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {is_now.get(k)} now. Give the same settings to go on, or another folder to begin')
+    bare(self.model).load_state_dict(state['model'])
+    self.opt.load_state_dict(state['opt'])
+    if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
+    for cb in self.cbs:
+        if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
+    if dist_rank() < len(state['rng']):
+        for f, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state['rng'][dist_rank()]): f(rng)
+    dl, step = self.dls.train, state['step']
+    self.resumed_at = self.learn.train_iter = dl.done = step
+    self.learn.first_epoch = next(e for e in range(self.n_epoch + 1) if dl.steps(e + 1) > step)
+    self.learn.two_views.epochs_done = state['start'] + self.first_epoch
+
+# %% ../nbs/09_checkpoints.ipynb #892d53be
+@patch
+def prepare(self:Checkpoints):
+    "Make the folder, and see that it can be written to."
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob('*.part'): part.unlink()                     # of a process that was killed
+        write_whole(self.folder/'can-write', b'')
+        (self.folder/'can-write').unlink()
+    except OSError as e: raise OSError(f'cannot write checkpoints to {self.folder}: {e.strerror}. Choose a folder that can be written to')  from e
+
+@patch
+def check_all_agree(self:Checkpoints, state):
+    "On several machines: does every process see the same folder?"
+    steps = _everybodys(state and state['step'])
+    if len({*steps}) > 1: raise ValueError(f'the processes see different checkpoints in {self.folder} (steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
+
+@patch
+def save(self:Checkpoints):
+    "Save the state as it is, unless it is saved already."
+    if self.saved == self.train_iter: return
+    state, self.saved = self.state(), self.train_iter
+    if dist_rank(): return
+    try: save_state(self.folder, state)
+    except OSError as e:
+        good = next(iter(saved_states(self.folder)), None)
+        raise OSError(f'could not write the checkpoint of step {self.train_iter}: {e.strerror}. Stopped; {f"the last good one is {good}" if good else "there is none before it"}. '
+            'Make room and start the same command again') from e
+    for old in saved_states(self.folder)[self.keep:]: old.unlink()
+
+# %% ../nbs/09_checkpoints.ipynb #ffd6a73f
+@patch
+def catch_sigterm(self:Checkpoints):
+    "From now on SIGTERM means: end this step, save, leave."
+    self.told, self.before_told = False, None
+    def tell(*_):
+        if self.told: signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)
+        self.told = True
+    if threading.current_thread() is threading.main_thread(): self.before_told = signal.signal(signal.SIGTERM, tell)

@@ -118,11 +118,11 @@ def _unit(z):
     return F.normalize(z/top.where(top > 0, 1), dim=-1) * (top > 0)
 
 def _check_finite(loss, keys):
+    if math.isfinite(loss.item()): return loss            # a row that is not finite spoils the loss of every process
     bad = (~keys.isfinite().all(1)).sum().item()          # the same in every process
     if bad: raise ValueError(f'nt_xent got {bad} of {len(keys)} rows with values that are not finite, so the loss is {loss.item()}. '
                              'Look for the first layer whose output is not finite; a lower learning rate or full precision often helps.')
-    if not math.isfinite(loss.item()): raise ValueError(f'the loss is {loss.item()}: the products of the rows overflow. Use normalize=True, or smaller rows.')
-    return loss
+    raise ValueError(f'the loss is {loss.item()}: the products of the rows overflow. Use normalize=True, or smaller rows.')
 
 # %% ../nbs/04_ntxent.ipynb #d6901c8f
 def _check_chunk(chunk, device):

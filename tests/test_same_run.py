@@ -1,0 +1,128 @@
+"A run of several real processes takes the very steps of a run of one: same batches, same views, same losses, same weights."
+import os, random, socket
+
+import numpy as np, pytest, torch, torch.multiprocessing as mp
+from fastai.callback.core import Callback
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
+from torch import nn
+
+from simclr_nb.augmentations import simclr_augmentations
+from simclr_nb.data import folder_images
+from simclr_nb.learner import simclr_learner
+
+IMAGES, BATCH, EPOCHS, STEPS = 80, 64, 16, 20      # a batch does not divide an epoch
+
+
+class Double(Callback):
+    "Trains in double precision; fastai's recorder keeps single."
+    order = 1
+    def before_fit(self): self.model.double()
+    def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+
+
+class Single(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+    def forward(self, *args): return self.loss(*args).float()
+
+
+class RawLosses(Callback):
+    "The loss of every step, over all processes, without smoothing."
+    order = 70
+    def before_fit(self): self.losses = []
+    def after_batch(self):
+        loss = self.loss.clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loss)
+            loss /= torch.distributed.get_world_size()
+        self.losses.append(float(loss))
+
+
+def train(folder, double, lr=1., **kwargs):
+    "(weights and running statistics, losses, what the recorder says) of 20 steps of a small ResNet with LARS."
+    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=simclr_augmentations(32, strength=.5), num_workers=0, **kwargs)
+    if double: learn.loss_func = Single(learn.loss_func)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx():
+        learn.pretrain(EPOCHS, bs=BATCH, lr=lr, cbs=[raw := RawLosses(), *([Double()] if double else [])])
+        assert type(learn.model).__name__ == 'SimCLR' and learn.dls.train.bs == BATCH, 'what was wrapped is unwrapped'
+    return dict(weights=learn.model.state_dict(), losses=raw.losses, values=[[float(v) for v in row] for row in learn.recorder.values])
+
+
+def theirs(folder):
+    "Losses with DataLoaders of fastai's own, which shuffle by chance; the chance of rank 0 counts."
+    random.seed(int(os.environ.get('RANK', 0)))
+    dls = ImageDataLoaders.from_lists('.', folder_images(folder).files, [0]*IMAGES, item_tfms=Resize(40, method='squish'), bs=16, valid_pct=0., seed=0, num_workers=0)
+    learn = simclr_learner(dls, 'resnet18_0.25x', size=32)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.pretrain(1, lr=.1, cbs=(raw := RawLosses()))
+    return raw.losses
+
+
+def a_process(rank, world, port, folder):
+    torch.set_num_threads(1)
+    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost', MASTER_PORT=str(port))
+    told = dict(double=train(folder, True), single=train(folder, False), theirs=theirs(folder))
+    torch.save(told, f'{folder}.{world}.{rank}')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "What every process of 1, of 2 and of 4 has to tell."
+    folder = tmp_path_factory.mktemp('run')/'images'
+    folder.mkdir()
+    for i in range(IMAGES):
+        coarse = np.random.default_rng(i).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((60, 50), Image.BICUBIC).save(folder/f'{i:02}.png')
+    context = mp.get_context('forkserver')
+    context.set_forkserver_preload(['simclr_nb.learner', 'fastai.vision.data'])
+    told = {}
+    for world in (1, 2, 4):
+        port = free_port()
+        processes = [context.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)]
+        for p in processes: p.start()
+        for p in processes: p.join(300)
+        assert [p.exitcode for p in processes] == [0]*world
+        told[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
+    return told
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_the_weights_agree_in_double_precision(runs, world):
+    one = runs[1][0]['double']
+    assert len(one['losses']) == STEPS
+    for told in runs[world]:
+        for k, v in one['weights'].items(): torch.testing.assert_close(told['double']['weights'][k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_the_losses_agree_in_single_precision(runs, world):
+    one = runs[1][0]['single']['losses']
+    assert one[0] > one[-1] + .1, 'it learns, so agreement is not that of runs that stand still'
+    for told in runs[world]: torch.testing.assert_close(told['single']['losses'], one, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_what_is_recorded_does_not_depend_on_the_number_of_processes(runs, world):
+    for told in runs[world]:
+        torch.testing.assert_close(told['double']['values'], runs[1][0]['double']['values'], rtol=1e-5, atol=1e-5)
+
+
+def test_all_processes_have_the_same_weights_to_the_last_bit(runs):
+    for world in (2, 4):
+        for kind in ('double', 'single'):
+            first, *rest = [told[kind]['weights'] for told in runs[world]]
+            for other in rest:
+                for k, v in first.items(): assert torch.equal(other[k], v), k
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_loaders_of_ones_own_are_shared_too(runs, world):
+    for told in runs[world]: torch.testing.assert_close(told['theirs'], runs[1][0]['theirs'], rtol=1e-5, atol=0)
