@@ -8,8 +8,8 @@ __all__ = ['optimizers', 'sizes', 'SimCLR', 'NTXentLoss', 'TwoViews', 'Guard', '
 
 # %% ../nbs/07_learner.ipynb #0e80763a
 import math, time, warnings
-from datetime import timedelta
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -141,6 +141,7 @@ class SimCLRLearner(Learner):
     first_epoch = 0
     def _do_fit(self):
         begin, self.first_epoch = self.first_epoch, 0
+        if begin and hasattr(self, 'progress') and hasattr(self.progress, 'mbar'): self.progress.mbar.update(0)      # the bar wants to begin at 0
         for self.epoch in range(begin, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
     def to_bf16(self): return self.add_cb(Precision('bf16'))
     def to_fp16(self, **kwargs): return self.add_cb(Precision('fp16', **kwargs))
