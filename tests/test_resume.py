@@ -102,6 +102,7 @@ def same(out, straight):
     return True
 
 
+def steps_told(out): return len((out/'history.csv').read_text().splitlines()) - 1 if (out/'history.csv').exists() else 0
 def checkpoints_of(out): return sorted((out/'checkpoints').glob('step-*.pt'))
 
 
@@ -117,10 +118,11 @@ def test_a_run_says_what_it_did_and_a_complete_one_has_nothing_to_do(processes, 
 def test_ten_kills_at_random_moments(processes, images, place, straight):
     out, chance, kills, resumed = place/'killed', random.Random(0), 0, 0
     while kills < 10 and not (out/'report.json').exists():
-        resumed += bool(checkpoints_of(out))
-        process, began = start(processes, images, out), time.time()
-        while process.is_alive() and not ((h := out/'history.csv').exists() and h.stat().st_mtime > began): time.sleep(.01)
-        time.sleep(chance.uniform(0, .06)*report(straight)['train_seconds'])                 # somewhere in the next few steps
+        begin = int(checkpoints_of(out)[-1].name.split('-')[1]) if checkpoints_of(out) else 0
+        resumed += begin > 0
+        process, stop = start(processes, images, out), begin + chance.randint(1, 3)
+        while process.is_alive() and steps_told(out) < stop: time.sleep(.005)
+        time.sleep(chance.uniform(0, .1))                                                # in the step after, or while that is saved
         process.kill()
         process.join()
         kills += 1
@@ -227,7 +229,7 @@ def test_torchrun_starts_the_group_again_where_it_was(images, place):
     (place/'dies.py').write_text(script)
     log = place/'torchrun.txt'
     assert torchrun(log, place/'dies.py', images, place/'two', -1).wait(200) == 0, log.read_text()
-    assert torchrun(log, '--max-restarts', 1, place/'dies.py', images, place/'restarted', 7).wait(200) == 0, log.read_text()
+    assert torchrun(log, '--max-restarts', 3, place/'dies.py', images, place/'restarted', 7).wait(200) == 0, log.read_text()
     assert report(place/'two')['resumed_at'] == 0 and report(place/'restarted')['resumed_at'] == 6
     a, b = weights(place/'two'), weights(place/'restarted')
     assert all(torch.equal(a[k], b[k]) for k in a)
