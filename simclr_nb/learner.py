@@ -7,7 +7,7 @@ __all__ = ['optimizers', 'sizes', 'SimCLR', 'NTXentLoss', 'TwoViews', 'Guard', '
            'simclr_learner', 'RateByStep', 'plan_run', 'History', 'read_history', 'OneView', 'supervised_learner']
 
 # %% ../nbs/07_learner.ipynb #0e80763a
-import math, time, warnings
+import math, os, time, warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -324,7 +324,9 @@ class History(Callback):
         "Keep the lines up to the step that training takes up again."
         self.path.parent.mkdir(parents=True, exist_ok=True)
         old = [row for row in self.path.read_text().splitlines()[1:] if int(row.split(',')[0]) <= self.train_iter] if self.path.exists() and self.train_iter else []
-        self.path.write_text('\n'.join([','.join(self.columns), *old]) + '\n')
+        part = self.path.with_name(self.path.name + '.part')
+        part.write_text('\n'.join([','.join(self.columns), *old]) + '\n')
+        os.replace(part, self.path)                          # all of it, even if the process dies here
     def after_batch(self):
         self.sum, self.count = self.sum + torch.stack([self.loss.detach().float(), *self.measures.latest.float(), self.guard.grad_norm.float()]), self.count + 1
         if self.train_iter % self.every == 0 or self.iter + 1 == self.n_iter: self.write_means()
@@ -347,7 +349,7 @@ def write_means(self:History):
 def write(self:History, **values):
     "A line; what has no value stays empty."
     if rank_distrib(): return
-    values |= dict(step=self.train_iter, epoch=f'{self.epoch + (self.iter + 1)/self.n_iter:.4f}')
+    values |= dict(step=self.train_iter, epoch=f'{self.train_iter*self.n_epoch/self.count_steps(self.n_epoch):.4f}')
     cells = ['' if (v := values.get(c)) is None else f'{v:.6g}' if isinstance(v, float) else str(v) for c in self.columns]
     with open(self.path, 'a') as f: f.write(','.join(cells) + '\n')
 
