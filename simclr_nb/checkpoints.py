@@ -577,7 +577,7 @@ def state(self:Checkpoints)->dict:
     return dict(step=self.train_iter, start=self.dls.train.start, model=model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
         rng=_everybodys([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
         callbacks={cb.name: cb.state_dict() for cb in self.cbs if hasattr(type(cb), 'state_dict')},
-        config=self.belongs_to(), versions=dict(simclr_nb=__version__, torch=torch.__version__, python=platform.python_version()))
+        config=self.belongs_to(), versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
 
 def bare(model):
     "The network itself, without what several processes put around it."

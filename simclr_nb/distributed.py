@@ -12,6 +12,7 @@ import os, weakref
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from numbers import Integral
 
 import torch, torch.distributed as dist, torch.nn.functional as F
@@ -196,13 +197,15 @@ def gather_views(
     return _gathered(z.detach().contiguous()).unflatten(0, (_world(), 2, -1)).transpose(0, 1).flatten(0, 2)
 
 # %% ../nbs/06_distributed.ipynb #c6de60d1
+_broadcast = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in signature(DistributedDataParallel).parameters)     # new name, old name
+
 class Distributed(Callback):
     "One process of several: its part of every batch, everybody's batch norm, averaged gradients; rank 0 does the talking."
     order = 11      # when model and loader are in place, and before `CachedGradients`
     def before_fit(self):
         self.alone = self.model, self.dls.loaders, self.logger
         devices = [d.index] if (d := next(self.model.parameters()).device).type == 'cuda' else None
-        self.learn.model = DistributedDataParallel(global_batch_norm(self.model), devices, broadcast_buffers=False)   # they agree already
+        self.learn.model = DistributedDataParallel(global_batch_norm(self.model), devices, **{_broadcast: False})     # statistics agree already
         self.learn.dls.loaders = [split_loader(self.dls.train, dist.get_rank(), dist.get_world_size()), *self.alone[1][1:]]
         if dist.get_rank(): self.learn.logger = noop
     def after_fit(self): self.learn.model, self.learn.dls.loaders, self.learn.logger = self.alone

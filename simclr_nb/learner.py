@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'sizes', 'SimCLR', 'NTXentLoss', 'TwoViews', 'Guard', 'Measures', 'Precision', 'SimCLRLearner',
-           'simclr_learner', 'RateByStep', 'History', 'read_history', 'OneView', 'supervised_learner']
+           'simclr_learner', 'RateByStep', 'plan_run', 'History', 'read_history', 'OneView', 'supervised_learner']
 
 # %% ../nbs/07_learner.ipynb #0e80763a
 import math, time, warnings
+from datetime import timedelta
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,14 +110,19 @@ class Guard(Callback):
 # %% ../nbs/07_learner.ipynb #c4d3a08c
 class Measures(Callback):
     "Accuracy and entropy of the pretext task at every step, over all processes; alignment and uniformity when asked."
-    functions = contrastive_accuracy, contrastive_entropy
+    functions, order = (contrastive_accuracy, contrastive_entropy), 70
     def __init__(self, temperature:float=.1): self.temperature = temperature
     def metrics(self): return [ValueMetric(partial(self.mean, i), f.__name__) for i,f in enumerate(self.functions)]
-    def before_train(self): self.total, self.steps = 0, 0
+    def before_train(self): self.total, self.steps, self.began = 0, 0, time.perf_counter()
     def after_loss(self):
         self.z = gather_views(self.pred.detach())
         self.latest = torch.stack([f(self.z, self.temperature) for f in self.functions])
         self.total, self.steps = self.total + self.latest, self.steps + 1
+    def after_batch(self):
+        if not hasattr(self.learn, 'progress') or not hasattr(self.progress, 'pbar'): return
+        step = (time.perf_counter() - self.began)/self.steps
+        left, images = (self.count_steps(self.n_epoch) - self.train_iter)*step, self.dls.train.bs*max(1, num_distrib())
+        self.progress.pbar.comment += f', {images/step:.0f} images/s, {timedelta(seconds=round(left))} left'
     def mean(self, i): return float(self.total[i]/self.steps)
     def geometry(self): return float(alignment(self.z)), float(uniformity(self.z)) if len(self.z) > 2 else math.nan
 
@@ -188,13 +194,14 @@ def simclr_learner(
     seed:int=0, # of weights, order and augmentations
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
+    memory_format=None, # of views and network; None: torch.channels_last, which is faster, unless `arch` is a module
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `opt`
 )->SimCLRLearner:
     "A fastai `Learner` for SimCLR; train it with `pretrain`, then take its `encoder`."
     if opt not in optimizers: raise ValueError(f'unknown optimiser {opt!r}; there are {", ".join(optimizers)}')
     augment, size = _recipe(data, augment, size)
     if augment.n_views != 2: raise ValueError(f'SimCLR compares 2 views, and this augmentation makes {augment.n_views}: take augment.with_views(2)')
-    like = torch.channels_last if isinstance(arch, str) else torch.contiguous_format   # faster; a module of the user's may not take it
+    like = memory_format or (torch.channels_last if isinstance(arch, str) else torch.contiguous_format)    # a module of the user's may not take it
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
     with no_random(seed):
         encoder = build_encoder(arch, size)
@@ -236,13 +243,26 @@ class RateByStep(ParamScheduler):
     def __init__(self, total, warmup, peak): super().__init__({'lr': partial(learning_rate, total_steps=total, warmup_steps=warmup, base=peak)})
     def before_batch(self): self._update_val(self.train_iter)
 
+def plan_run(
+    images:int, # in the training set
+    bs:int, # images per step, over all processes
+    epochs:int,
+    lr:float|None=None, # peak; None: by the rule
+    rule:str='linear', # see `peak_lr`
+    warmup:float|None=None, # epochs; None: 10, a tenth of the run if that is shorter
+)->tuple: # steps, steps of warm-up, peak learning rate
+    "What `pretrain` would do."
+    total, warm = -(-epochs*images//bs), warmup_steps(images, bs, min(10, epochs/10) if warmup is None else warmup)
+    return total, min(warm, total), peak_lr(bs, rule) if lr is None else lr
+
+# %% ../nbs/07_learner.ipynb #fb3b1da2
 @patch
 def count_steps(self:Learner, epochs:int)->int:
     "The steps of a run of so many epochs."
     dl = self.dls.train
     return dl.steps(epochs) if isinstance(dl, PairLoader) else len(dl)*epochs
 
-# %% ../nbs/07_learner.ipynb #3fd456a6
+# %% ../nbs/07_learner.ipynb #7647af27
 @patch
 def pretrain(self:Learner,
     epochs:int, # the paper's ablations have 100, its results 1000
@@ -255,17 +275,15 @@ def pretrain(self:Learner,
     "Train with the paper's learning-rate rule, warm-up and cosine."
     if epochs < 1: raise ValueError(f'pretrain takes 1 epoch or more, got {epochs}')
     if lr is None and self.opt_name != 'lars': raise ValueError('the rules for the learning rate are for LARS: give lr for another optimiser (0.001 is a start for Adam)')
-    total, warm, peak = self.plan(epochs, bs, lr, rule, warmup)
+    self.set_batch_size(bs)
+    total, warm, peak = plan_run(self.count_images(), self.dls.train.bs, epochs, lr, rule, warmup)
     self.fit(epochs, lr=peak, cbs=[RateByStep(total, warm, peak), *L(cbs)])
 
 @patch
-def plan(self:Learner, epochs:int, bs:int|None=None, lr:float|None=None, rule:str='linear', warmup:float|None=None)->tuple:
-    "What `pretrain` would do: (steps, steps of warm-up, peak learning rate)."
-    self.set_batch_size(bs)
-    bs, total = self.dls.train.bs, self.count_steps(epochs)
-    examples = len(self.dls.train.dataset) if isinstance(self.dls.train, PairLoader) else self.count_steps(1)*bs
-    warm = warmup_steps(examples, bs, min(10, epochs/10) if warmup is None else warmup)
-    return total, min(warm, total), peak_lr(bs, rule) if lr is None else lr
+def count_images(self:Learner)->int:
+    "The images of an epoch."
+    dl = self.dls.train
+    return len(dl.dataset) if isinstance(dl, PairLoader) else len(dl)*dl.bs
 
 @patch
 def set_batch_size(self:Learner, bs:int|None):
@@ -274,7 +292,7 @@ def set_batch_size(self:Learner, bs:int|None):
     check_batch(len(self.dls.train.dataset), bs)
     self.dls.train.bs = bs
 
-# %% ../nbs/07_learner.ipynb #7647af27
+# %% ../nbs/07_learner.ipynb #7f0a86ac
 @patch
 def plot_loss(self:Learner, ax=None):
     "Training loss by step, smoothed as fastai does, beside the loss of no opinion, ln(2N − 1); returns the figure."
@@ -287,7 +305,7 @@ def plot_loss(self:Learner, ax=None):
     ax.spines[['top', 'right']].set_visible(False)
     return ax.figure
 
-# %% ../nbs/07_learner.ipynb #76b6d3b3
+# %% ../nbs/07_learner.ipynb #e98d64af
 class History(Callback):
     "Writes `history.csv`, line by line."
     order = 75
@@ -296,9 +314,14 @@ class History(Callback):
         path:str|Path, # the file
         lines:int=2000, # at most about so many, at even distances
     ): self.path, self.lines = Path(path), lines
-    def before_fit(self):
-        self.every, self.sum, self.count, self.since = -(-self.count_steps(self.n_epoch)//self.lines), 0, 0, time.perf_counter()
-        if rank_distrib(): return
+    def before_fit(self): self.every, self.begun = -(-self.count_steps(self.n_epoch)//self.lines), False
+    def before_epoch(self):
+        self.sum, self.count, self.since = 0, 0, time.perf_counter()
+        if not (self.begun or rank_distrib()): self.begin()
+        self.begun = True
+    def begin(self):
+        "Keep the lines up to the step that training takes up again."
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         old = [row for row in self.path.read_text().splitlines()[1:] if int(row.split(',')[0]) <= self.train_iter] if self.path.exists() and self.train_iter else []
         self.path.write_text('\n'.join([','.join(self.columns), *old]) + '\n')
     def after_batch(self):
@@ -308,7 +331,7 @@ class History(Callback):
         judges = [getattr(self, f'online_{name}', None) for name in ('neighbours', 'probe')]
         if any(judges): self.write(**{name: getattr(j, 'accuracy', None) for name, j in zip(('knn', 'probe'), judges)})
 
-# %% ../nbs/07_learner.ipynb #c6a1d3c3
+# %% ../nbs/07_learner.ipynb #1d6d3358
 @patch
 def write_means(self:History):
     "A line with the means since the last one."
@@ -327,7 +350,7 @@ def write(self:History, **values):
     cells = ['' if (v := values.get(c)) is None else f'{v:.6g}' if isinstance(v, float) else str(v) for c in self.columns]
     with open(self.path, 'a') as f: f.write(','.join(cells) + '\n')
 
-# %% ../nbs/07_learner.ipynb #83d8a588
+# %% ../nbs/07_learner.ipynb #18e10789
 def read_history(
     path:str|Path, # what `History` wrote
 )->dict: # column to (lines,) float64, nan where it is empty
@@ -336,7 +359,7 @@ def read_history(
     rows = [[float(v or 'nan') for v in row] for row in rows if len(row) == len(names)]
     return {n: np.array([row[i] for row in rows]) for i, n in enumerate(names)}
 
-# %% ../nbs/07_learner.ipynb #18e10789
+# %% ../nbs/07_learner.ipynb #6ce4f7b4
 @patch
 def save_encoder(self:Learner,
     path:str|Path, # ends in .safetensors
@@ -345,7 +368,7 @@ def save_encoder(self:Learner,
     "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
     encoder_file(self.model.encoder, path, size=self.two_views.augment.size, seed=self.two_views.seed, **config)
 
-# %% ../nbs/07_learner.ipynb #86dda2d2
+# %% ../nbs/07_learner.ipynb #f2473a8f
 class OneView(TwoViews):
     "Makes one view of each image and takes its label as the target."
     def before_fit(self):
@@ -355,7 +378,7 @@ class OneView(TwoViews):
         views, (idxs,) = self.views(*self.xb), self.yb
         self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (self.labels[idxs.cpu()].to(views.device),)
 
-# %% ../nbs/07_learner.ipynb #e9555d1b
+# %% ../nbs/07_learner.ipynb #7c9a0588
 def supervised_learner(
     data, # folder with a subfolder for each class, name of a source, or `ImageSet` with labels
     arch='resnet50', # see `build_encoder`

@@ -1,5 +1,5 @@
 "A run of several real processes takes the very steps of a run of one: same batches, same views, same losses, same weights."
-import os, random, socket
+import os, socket
 
 import numpy as np, pytest, torch, torch.multiprocessing as mp
 from fastai.callback.core import Callback
@@ -41,9 +41,9 @@ class RawLosses(Callback):
         self.losses.append(float(loss))
 
 
-def train(folder, double, lr=1., **kwargs):
+def train(folder, double, lr, size=32, **kwargs):
     "(weights and running statistics, losses, what the recorder says) of 20 steps of a small ResNet with LARS."
-    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=simclr_augmentations(32, strength=.5), num_workers=0, **kwargs)
+    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=simclr_augmentations(size, strength=.5), num_workers=0, **kwargs)
     if double: learn.loss_func = Single(learn.loss_func)
     with learn.no_bar(), learn.no_logging(), learn.distrib_ctx():
         learn.pretrain(EPOCHS, bs=BATCH, lr=lr, cbs=[raw := RawLosses(), *([Double()] if double else [])])
@@ -52,18 +52,18 @@ def train(folder, double, lr=1., **kwargs):
 
 
 def theirs(folder):
-    "Losses with DataLoaders of fastai's own, which shuffle by chance; the chance of rank 0 counts."
-    random.seed(int(os.environ.get('RANK', 0)))
+    "Losses with DataLoaders of fastai's own. All ranks but 0 shuffle by chance: the order of rank 0 counts."
     dls = ImageDataLoaders.from_lists('.', folder_images(folder).files, [0]*IMAGES, item_tfms=Resize(40, method='squish'), bs=16, valid_pct=0., seed=0, num_workers=0)
-    learn = simclr_learner(dls, 'resnet18_0.25x', size=32)
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.pretrain(1, lr=.1, cbs=(raw := RawLosses()))
+    dls.train.shuffle = os.environ.get('RANK', '0') != '0'
+    learn = simclr_learner(dls, 'resnet18_0.25x', size=32, temperature=1.)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.pretrain(1, lr=.003, cbs=(raw := RawLosses()))
     return raw.losses
 
 
 def a_process(rank, world, port, folder):
     torch.set_num_threads(1)
     if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost', MASTER_PORT=str(port))
-    told = dict(double=train(folder, True), single=train(folder, False), theirs=theirs(folder))
+    told = dict(double=train(folder, True, .1), single=train(folder, False, .003, 64, temperature=1.), theirs=theirs(folder))
     torch.save(told, f'{folder}.{world}.{rank}')
 
 
@@ -97,15 +97,15 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize('world', [2, 4])
 def test_the_weights_agree_in_double_precision(runs, world):
     one = runs[1][0]['double']
-    assert len(one['losses']) == STEPS
+    assert len(one['losses']) == STEPS and one['losses'][0] > one['losses'][-1] + .1, 'it learns: these are not runs that stand still'
     for told in runs[world]:
         for k, v in one['weights'].items(): torch.testing.assert_close(told['double']['weights'][k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_the_losses_agree_in_single_precision(runs, world):
+    "With small steps: at the rate of the test above a rounding error grows tenfold every few steps, in one process as in several."
     one = runs[1][0]['single']['losses']
-    assert one[0] > one[-1] + .1, 'it learns, so agreement is not that of runs that stand still'
     for told in runs[world]: torch.testing.assert_close(told['single']['losses'], one, rtol=1e-5, atol=0)
 
 
