@@ -6,9 +6,9 @@
 __all__ = ['defaults', 'panels', 'paper_top1', 'write_json', 'save_figure', 'run_folder', 'clear_run', 'plain_errors',
            'read_recipe', 'settings_for', 'network', 'forecast', 'learner_for', 'describe', 'loggers', 'watchers',
            'train_run', 'complete', 'pretrain_run', 'pretrain', 'check_settings', 'chosen_command', 'plot_runs',
-           'report', 'head_of', 'rivals', 'Judge', 'ask', 'summarise', 'paper_set', 'as_markdown', 'seen_unlabelled',
-           'find_leaks', 'draw_scores', 'flat_scores', 'draw_features', 'measured', 'write_report', 'remarks',
-           'numbers', 'check_protocols', 'evaluate', 'loading_lines', 'convert']
+           'report', 'head_of', 'rivals', 'Judge', 'ask', 'summarise', 'paper_set', 'paper_numbers', 'as_markdown',
+           'seen_unlabelled', 'find_leaks', 'draw_scores', 'flat_scores', 'draw_features', 'measured', 'setting',
+           'write_report', 'remarks', 'numbers', 'check_protocols', 'evaluate', 'loading_lines', 'convert']
 
 # %% ../nbs/10_cli.ipynb #3798ea60
 import sys
@@ -307,7 +307,7 @@ import re
 from fastcore.basics import patch
 from .checkpoints import preprocess
 from .evaluation import (answers, check_labels, check_leak, embed, finetune as fine_tune, html_map, knn_predict, label_idxs, linear_evaluation, logistic_regression,
-    map_xy, mean_per_class, metrics, nearest_others, permutation_test, plot_alignment_uniformity, plot_confusion, plot_label_shares, plot_map,
+    map_xy, markdown_table, mean_per_class, metrics, nearest_others, permutation_test, plot_alignment_uniformity, plot_confusion, plot_label_shares, plot_map,
     plot_neighbours, plot_scores, plot_spectrum, protocol_names)
 from .projection import load_head
 
@@ -381,7 +381,7 @@ def ask(
             for seed in seeds if share < 1 or protocol != 'knn' else seeds[:1]:
                 some = label_idxs(judge.train, share, seed)
                 for name in [n for n in judge.encoders if n != 'pixels' or protocol in ('knn', 'lbfgs')]:
-                    rows.append(dict(protocol=protocol, labels=share, images=len(some), encoder=name, seed=seed) | getattr(judge, protocol)(name, some, seed))
+                    rows.append(getattr(judge, protocol)(name, some, seed) | dict(protocol=protocol, labels=share, images=len(some), encoder=name, seed=seed))
                     say(f"{protocol}, {100*share:g}% of the labels, {name}, seed {seed}: {rows[-1]['mean per class']:.1f}")
         except (ValueError, FloatingPointError) as e: left_out[f'{protocol}, {100*share:g}%'] = str(e)
     return [r for r in rows if f"{r['protocol']}, {100*r['labels']:g}%" not in left_out], left_out
@@ -404,27 +404,32 @@ paper_top1 = { # (set, network, protocol, share of the labels): tables 6 and 7, 
         for (p, s), v in zip((('linear', 1.), ('finetune', .01), ('finetune', .1)), vs)},
     ('CIFAR-10', 'resnet50', 'linear', 1.): 94.0}
 
+# %% ../nbs/10_cli.ipynb #1cc17781
 def paper_set(source:str, classes:list)->str|None:
     "The name of a set that the paper has numbers for."
     if len(classes) == 1000 and all(re.fullmatch(r'n\d{8}', c) for c in classes): return 'ImageNet'
     return 'CIFAR-10' if source == 'cifar10' else None
 
-# %% ../nbs/10_cli.ipynb #1cc17781
+def paper_numbers(source:str, arch:str, classes:list)->list: # of dicts
+    "The paper's numbers for a set and a network."
+    return [dict(protocol=p, labels=s, top1=v) for (name, a, p, s), v in paper_top1.items() if (name, a) == (paper_set(source, classes), arch)]
+
+# %% ../nbs/10_cli.ipynb #95c313ad
 def as_markdown(
     summary:list, # from `summarise`
-    paper:dict, # (protocol, share) to the paper's top-1
+    paper:list=(), # from `paper_numbers`
 )->str:
     "The table of a report."
+    paper = {(p['protocol'], p['labels']): p['top1'] for p in paper}
     names, cell = list(dict.fromkeys(s['encoder'] for s in summary)), {(s['protocol'], s['labels'], s['encoder']): s for s in summary}
     score = lambda s: '–' if s is None else f"{s['mean per class']['mean']:.1f}" + (f" ± {s['mean per class']['sd']:.1f}" if s['mean per class']['sd'] is not None else '') + ('' if s.get('p', 0) <= .05 else ' ~')
-    head = ['balanced accuracy, %', 'labels', *names, *(['the paper’s top-1'] if paper else [])]
     keys = sorted({k[:2] for k in cell}, key=lambda k: (list(protocol_names).index(k[0]), k[1]))
+    paper = paper if {*paper} & {*keys} else {}
+    head = ['balanced accuracy, %', 'labels', *names, *(['the paper’s top-1'] if paper else [])]
     rows = [[protocol_names[p], f'{100*s:g}%', *(score(cell.get((p, s, n))) for n in names), *([str(paper.get((p, s), '–'))] if paper else [])] for p, s in keys]
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: '| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))) + ' |'
-    return '\n'.join([line(head), '|' + '|'.join('-'*(w + 2) if i == 0 else '-'*(w + 1) + ':' for i, w in enumerate(width)) + '|', *map(line, rows)])
+    return markdown_table(head, rows)
 
-# %% ../nbs/10_cli.ipynb #b2f0797f
+# %% ../nbs/10_cli.ipynb #2626ccf3
 def seen_unlabelled(run:Path, test)->int|None: # None: not known, the run has no config.json
     "How many of the test images the run was pretrained on."
     if not (run/'config.json').exists(): return None
@@ -436,7 +441,7 @@ def find_leaks(train, test, anyway:bool=False)->list|None: # of (training file, 
     if len(train) + len(test) > 100_000 and not anyway: return None
     return [(str(a), str(b), how) for a, b, how in check_leak(train, test)]
 
-# %% ../nbs/10_cli.ipynb #b739af5a
+# %% ../nbs/10_cli.ipynb #4ffd7b94
 def draw_scores(summary:list, rows:list, test, figures:Path):
     "Pictures of what was answered."
     most = max(s['labels'] for s in summary)
@@ -456,7 +461,7 @@ def flat_scores(summary:list)->dict: # protocol to encoder to percent
         if s['labels'] == most: out.setdefault(s['protocol'], {})[s['encoder']] = s['mean per class']['mean']
     return out
 
-# %% ../nbs/10_cli.ipynb #4ffd7b94
+# %% ../nbs/10_cli.ipynb #78790ca9
 def draw_features(judge:Judge, run:Path, figures:Path):
     "Pictures of the space: neighbours of a few test images, a map of at most 3,000 of them, and the spectrum."
     test, (bank, queries) = judge.test, judge.features['simclr']
@@ -477,16 +482,23 @@ def measured(path:Path)->dict|None:
     history = read_history(path)
     return history if np.isfinite(history['alignment'] + history['uniformity']).any() else None
 
-# %% ../nbs/10_cli.ipynb #78790ca9
-def write_report(run:Path, facts:dict, table:str, rows:list, judge:Judge):
+# %% ../nbs/10_cli.ipynb #b5aafdf4
+def setting(judge:Judge, run:Path, source:str, layer:str, seeds:list, anyway:bool)->dict:
+    "What was evaluated, and on what."
+    train, test = judge.train, judge.test
+    return dict(source=source, train=len(train), test=len(test), classes=train.classes, k=judge.k, layer=layer, seeds=seeds, metric='balanced accuracy, %', left_out=judge.left_out,
+        test_seen_in_pretraining=seen_unlabelled(run, test), leaks=find_leaks(train, test, anyway))
+
+def write_report(run:Path, facts:dict, rows:list, judge:Judge):
     "report.json (what pretraining wrote there stays), report.md, and the pictures."
     old = json.loads((run/'report.json').read_text()) if (run/'report.json').exists() else {}
     write_json(run/'report.json', {k: v for k, v in old.items() if k not in protocol_names} | flat_scores(facts['scores']) | facts)
-    write_whole(run/'report.md', ('\n\n'.join([f"# {run.name} on {Path(facts['evaluated_on']['source']).name}", table, *remarks(facts)]) + '\n').encode())
+    write_whole(run/'report.md', ('\n\n'.join([f"# {run.name} on {Path(facts['evaluated_on']['source']).name}", as_markdown(facts['scores'], facts['paper']), *remarks(facts)]) + '\n').encode())
     (run/'figures').mkdir(exist_ok=True)
     draw_scores(facts['scores'], rows, judge.test, run/'figures')
     draw_features(judge, run, run/'figures')
 
+# %% ../nbs/10_cli.ipynb #7cce1fb4
 def remarks(facts:dict)->list: # of sentences
     "What a reader of the table has to know."
     on = facts['evaluated_on']
@@ -498,7 +510,7 @@ def remarks(facts:dict)->list: # of sentences
     elif on['leaks']: out.append(f"WARNING: {len({b for _, b, _ in on['leaks']})} test images are among the training images: " + ', '.join(f'{Path(b).name} is {Path(a).name} ({how})' for a, b, how in on['leaks'][:10]))
     return out + [f'Left out: {what}: {why}' for what, why in facts['not_asked'].items()]
 
-# %% ../nbs/10_cli.ipynb #b5aafdf4
+# %% ../nbs/10_cli.ipynb #1ca38d9f
 def numbers(text:str, kind, name:str, fits)->list:
     "A list such as 0.01,0.1,1 from the command line."
     try: out = list(dict.fromkeys(kind(v) for v in str(text).split(',')))
@@ -512,7 +524,7 @@ def check_protocols(text:str)->list:
     if wrong := [n for n in names if n not in protocol_names]: raise ValueError(f'unknown protocol {wrong[0]!r}; there are {", ".join(protocol_names)}')
     return names
 
-# %% ../nbs/10_cli.ipynb #7cce1fb4
+# %% ../nbs/10_cli.ipynb #fdf2f6c7
 @call_parse
 def evaluate(
     run:str, # folder that simclr-pretrain wrote
@@ -541,16 +553,12 @@ def evaluate(
         judge = Judge(rivals(encoder, head, 64 if len(train) <= 50_000 else 16), train, test, encoder.config['size'], crop, view, k, workers, linear_epochs, finetune_epochs)
         rows, not_asked = ask(judge, names, shares, seed_list)
         if not rows: raise ValueError('nothing could be asked: ' + '; '.join(f'{w}: {e}' for w, e in not_asked.items()))
-        train, test, c = judge.train, judge.test, encoder.config
-        paper = {(p, s): v for (d, a, p, s), v in paper_top1.items() if d == paper_set(source, train.classes) and a == c['arch'] and p in names and s in shares and layer == 'h'}
-        facts = dict(scores=summarise(rows, test.labels), not_asked=not_asked, paper=[dict(protocol=p, labels=s, top1=v) for (p, s), v in paper.items()],
-            evaluated_on=dict(source=source, train=len(train), test=len(test), classes=train.classes, k=k, layer=layer, seeds=seed_list, metric='balanced accuracy, %',
-                left_out=judge.left_out, test_seen_in_pretraining=seen_unlabelled(run, test), leaks=find_leaks(train, test, leaks)))
-        table = as_markdown(facts['scores'], paper)
-        write_report(run, facts, table, rows, judge)
-        print(f'\n{table}\n', *remarks(facts), f'report: {run/"report.json"} and report.md, pictures: {run/"figures"}; {time.perf_counter() - began:.0f} s', sep='\n')
+        facts = dict(scores=summarise(rows, judge.test.labels), not_asked=not_asked, paper=paper_numbers(source, encoder.config['arch'], judge.train.classes) if layer == 'h' else [],
+            evaluated_on=setting(judge, run, source, layer, seed_list, leaks))
+        write_report(run, facts, rows, judge)
+        print('', as_markdown(facts['scores'], facts['paper']), '', *remarks(facts), f'report: {run/"report.json"} and report.md, pictures: {run/"figures"}; {time.perf_counter() - began:.0f} s', sep='\n')
 
-# %% ../nbs/10_cli.ipynb #e3a40678
+# %% ../nbs/10_cli.ipynb #b5e44e9c
 def loading_lines(
     to:str, # 'torchvision' or 'timm'
     arch:str, # resnet50, say
@@ -564,7 +572,7 @@ def loading_lines(
         load = f'{make}; model.load_state_dict(safetensors.torch.load_file({str(file)!r}))'
     return f'load it with\n{load}\n{to} pads the pool of its stem otherwise: features are the same only with\nmodel.maxpool = simclr_nb.encoder.MaxPoolSame()'
 
-# %% ../nbs/10_cli.ipynb #b5e44e9c
+# %% ../nbs/10_cli.ipynb #2af21f26
 @call_parse
 def convert(
     checkpoint:str, # of the official TensorFlow code (prefix, .index file or folder), or an encoder.safetensors

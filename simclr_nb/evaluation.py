@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['metrics', 'penalties', 'LogisticPath', 'protocol_names', 'colors', 'transfer_sets', 'VOC_CLASSES', 'pretrained_grid',
            'random_grid', 'embed', 'nearest', 'knn_predict', 'top1', 'mean_per_class', 'map11', 'logistic_path',
-           'LogisticProbe', 'logistic_regression', 'check_labels', 'score', 'compare', 'as_table', 'plot_scores',
-           'Frozen', 'Labelled', 'answers', 'choose', 'joined', 'linear_evaluation', 'OnlineProbe', 'OnlineNeighbours',
-           'few_labels', 'label_idxs', 'follow_epochs', 'finetune', 'from_scratch', 'few_label_scores', 'TransferSet',
-           'transfer_parts', 'find_transfer', 'linear_scores', 'transfer_linear', 'transfer', 'permutation_test',
-           'check_leak', 'plot_neighbours', 'map_xy', 'palette', 'plot_map', 'plot_confusion', 'plot_label_shares',
-           'nearest_others', 'html_map', 'singular_values', 'effective_rank', 'plot_spectrum', 'knows_transformation',
-           'plot_alignment_uniformity']
+           'LogisticProbe', 'logistic_regression', 'check_labels', 'score', 'compare', 'as_table', 'markdown_table',
+           'plot_scores', 'Frozen', 'Labelled', 'answers', 'choose', 'joined', 'linear_evaluation', 'OnlineProbe',
+           'OnlineNeighbours', 'few_labels', 'label_idxs', 'follow_epochs', 'finetune', 'from_scratch',
+           'few_label_scores', 'TransferSet', 'transfer_parts', 'find_transfer', 'linear_scores', 'transfer_linear',
+           'transfer', 'permutation_test', 'check_leak', 'plot_neighbours', 'map_xy', 'palette', 'plot_map',
+           'plot_confusion', 'plot_label_shares', 'nearest_others', 'html_map', 'singular_values', 'effective_rank',
+           'plot_spectrum', 'knows_transformation', 'plot_alignment_uniformity']
 
 # %% ../nbs/08_evaluation.ipynb #1d4ba413
 import base64, copy, hashlib, html, io, json, math, os, warnings
@@ -131,6 +131,8 @@ def _top(s, k, group=32): # s (m, n), n a multiple of group
     top, at = best.gather(1, which[..., None].expand(-1, -1, group)).flatten(1).topk(k)
     return top, which.gather(1, at//group)*group + at % group
 
+# %% ../nbs/08_evaluation.ipynb #fc301b52
+@torch.no_grad()
 def nearest(
     bank:Tensor, # (n, d) features to search
     queries:Tensor, # (m, d)
@@ -139,12 +141,15 @@ def nearest(
     "The k nearest rows of the bank by cosine."
     n = len(bank)
     if not 0 < k <= n: raise ValueError(f'k must be between 1 and the {n} images to search, got {k}')
-    bank, rows = F.pad(F.normalize(bank, dim=1), (0, 0, 0, -n % 32)), max(1, 2**25//n)
-    sims = (F.normalize(q, dim=1) @ bank.T for q in queries.split(rows))
-    found = [_top(s.index_fill_(1, torch.arange(n, len(bank), device=s.device), -torch.inf), k) for s in sims]
-    return tuple(torch.cat(t) for t in zip(*found))
+    bank, rows = F.pad(F.normalize(bank, dim=1), (0, 0, 0, -n % 32)), max(1, 2**24//n)
+    sims = bank.new_empty(min(rows, len(queries)), len(bank))      # for every block the same memory
+    def block(q):
+        s = torch.mm(F.normalize(q, dim=1), bank.T, out=sims[:len(q)])
+        s[:, n:] = -torch.inf
+        return _top(s, k)
+    return tuple(torch.cat(t) for t in zip(*map(block, queries.split(rows))))
 
-# %% ../nbs/08_evaluation.ipynb #fc301b52
+# %% ../nbs/08_evaluation.ipynb #c7f011ba
 def knn_predict(
     bank:Tensor, # (n, d) features of the training images
     labels, # (n,) their classes, integers
@@ -158,7 +163,7 @@ def knn_predict(
     votes = sims.new_zeros(len(sims), int(labels.max()) + 1)
     return votes.scatter_add_(1, labels[idxs], ((sims - 1)/temperature).exp()).argmax(1)
 
-# %% ../nbs/08_evaluation.ipynb #17b7617d
+# %% ../nbs/08_evaluation.ipynb #2d6dce82
 def _array(t): return t.detach().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t)
 
 def top1(y, pred)->float: # (n,) classes and (n,) predicted classes; a share between 0 and 1
@@ -170,6 +175,7 @@ def mean_per_class(y, pred)->float: # as `top1`
     y, pred = _array(y), _array(pred)
     return float(np.mean([(pred[y == c] == c).mean() for c in np.unique(y)]))
 
+# %% ../nbs/08_evaluation.ipynb #fa1dc3a3
 def map11(y, scores)->float: # (n, C) truth, 0 or 1, and (n, C) scores, larger for likelier; a share between 0 and 1
     "11-point mean average precision, as in VOC 2007."
     order = np.argsort(-_array(scores).astype(float), 0, kind='stable')
@@ -181,7 +187,7 @@ def map11(y, scores)->float: # (n, C) truth, 0 or 1, and (n, C) scores, larger f
 
 metrics = {'top-1': top1, 'mean per class': mean_per_class, '11-point mAP': map11}
 
-# %% ../nbs/08_evaluation.ipynb #ef31eb39
+# %% ../nbs/08_evaluation.ipynb #241ffc2f
 def _rotate(h, w): # h (n, d), w (n,) positive, of sum 1
     "Centred features in the basis of their covariance, then a column of ones: x (n, r + 1), eigenvalues, basis (d, r), mean (d,)."
     mean = w @ h
@@ -194,78 +200,77 @@ def _rotate(h, w): # h (n, d), w (n,) positive, of sum 1
         e, U = e[kept], U[:, kept]
         V = (a.T.double() @ U)/e.sqrt()
     V, one = V.to(h.dtype), torch.ones_like(x[:, :1])
-    return torch.cat([x @ V, one], 1), torch.cat([e.clamp(min=0), one.new_ones(1)]).to(h.dtype), V, mean
-
-# %% ../nbs/08_evaluation.ipynb #241ffc2f
-def _loss_grad(x, y, w, W, lam): # W (S, r, C), lam (S,) double
-    "Losses (S,) in double precision, gradients (S, r, C)."
-    S, r, C = W.shape
-    flat, f = W.transpose(0, 1).reshape(r, S*C), torch.zeros_like(lam)
-    g = torch.zeros_like(flat)
-    rows = max(1, (2**26 if W.is_cuda else 2**20)//(S*C))
-    for xb, yb, wb in zip(x.split(rows), y.split(rows), w.split(rows)):
-        p, at = (xb @ flat).view(-1, S, C).log_softmax(2), yb[:, None, None].expand(-1, S, 1)
-        f -= wb.double() @ p.gather(2, at)[..., 0].double()
-        p = p.exp_().scatter_add_(2, at, p.new_full((1, 1, 1), -1.).expand(at.shape)).mul_(wb[:, None, None])
-        g.addmm_(xb.T, p.flatten(1))
-    penalty = lam[:, None, None].to(W.dtype)*W
-    penalty[:, -1] = 0                                          # the bias is free
-    return f + _dot(penalty, W)/2, g.view(r, S, C).transpose(0, 1) + penalty
-
-def _dot(a, b): return (a*b).sum((1, 2), dtype=torch.float64)
+    return torch.cat([x @ V, one], 1), torch.cat([e.clamp(min=0), e.new_ones(1)]), V, mean
 
 # %% ../nbs/08_evaluation.ipynb #4259f762
-def _direction(g, pairs, P): # pairs of (s, y, 1/sy), oldest first; P (S, r, 1) first guess of the curvature
+def _dot(a, b): return (a*b).sum((1, 2))
+
+def _loss_grad(x, y, w, W, lam): # W (S, C, r) and lam (S,) double
+    "Losses (S,), gradients (S, C, r), mean p(1 - p) (S, C)."
+    S, C, r = W.shape
+    f, g, c = torch.zeros_like(lam), torch.zeros_like(W), W.new_zeros(S, C)
+    rows = max(1, (2**26 if W.is_cuda else 2**20)//(S*C))
+    for xb, yb, wb in zip(x.split(rows), y.split(rows), w.split(rows)):
+        xb, wb, at = xb.to(W.dtype), wb.to(W.dtype), yb.expand(S, 1, -1)
+        p = (W.flatten(0, 1) @ xb.T).view(S, C, -1).log_softmax(1)
+        f -= p.gather(1, at)[:, 0] @ wb
+        c += (p.exp_() - p*p) @ wb
+        p.scatter_add_(1, at, p.new_full((1, 1, 1), -1.).expand(at.shape)).mul_(wb)
+        g += (p.flatten(0, 1) @ xb).view_as(g)
+    penalty = lam[:, None, None]*W
+    penalty[..., -1] = 0                                        # the bias is free
+    return f + _dot(penalty, W)/2, g + penalty, c
+
+# %% ../nbs/08_evaluation.ipynb #f037bcb3
+def _direction(g, pairs, P): # pairs of (s, y, 1/sy), oldest first; P (S, C, r) first guess of the curvature
     "The direction of L-BFGS."
-    q, alphas, times = g.clone(), [], lambda a, t: a[:, None, None].to(t.dtype)*t
+    q, alphas = g.clone(), []
     for s, y, rho in reversed(pairs):
         alphas.append(rho*_dot(s, q))
-        q -= times(alphas[-1], y)
+        q -= alphas[-1][:, None, None]*y
     q /= P
-    if pairs:
-        s, y, rho = pairs[-1]
-        q = times(torch.where(rho > 0, 1/(rho*_dot(y, y/P)).clamp(min=1e-30), 1.).clamp(1e-3, 1e3), q)
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas)): q += times(alpha - rho*_dot(y, q), s)
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas)): q += (alpha - rho*_dot(y, q))[:, None, None]*s
     return -q
 
-def _step(at, W, f, g, D): # at(W, which) is (losses, gradients)
-    "A step along D for each problem, with a search of its own: the new weights, losses and gradients."
-    slope, t, todo = _dot(g, D), torch.ones_like(f), torch.arange(len(f), device=f.device)
-    W2, f2, g2 = W.clone(), f.clone(), g.clone()
+# %% ../nbs/08_evaluation.ipynb #df91b0c2
+def _step(at, W, now, D): # at(W, which) and now are (losses, gradients, mean p(1 - p))
+    "A step along D for each problem, with a search of its own: the new weights, and what `at` says there."
+    f, slope = now[0], _dot(now[1], D)
+    t, todo, W2, then = torch.ones_like(f), torch.arange(len(f), device=f.device), W.clone(), [v.clone() for v in now]
     for _ in range(30):
-        W2[todo] = W[todo] + t[todo, None, None].to(W.dtype)*D[todo]
-        f2[todo], g2[todo] = at(W2[todo], todo)
-        end, start = _dot(g2[todo], D[todo]), slope[todo]
-        good = (end <= 0) | ((f2[todo] <= f[todo]) & (end <= -.9*start))
+        W2[todo] = W[todo] + t[todo, None, None]*D[todo]
+        for v, new in zip(then, at(W2[todo], todo)): v[todo] = new
+        end, start = _dot(then[1][todo], D[todo]), slope[todo]
+        good = (end <= 0) | ((then[0][todo] <= f[todo]) & (end <= -.9*start))
         t[todo] *= torch.where(good, 1., (start/(start - end)).clamp(.05, .8))
         todo = todo[~good]
         if not len(todo): break
-    return W2, f2, g2
+    return W2, then
 
-# %% ../nbs/08_evaluation.ipynb #f037bcb3
-def _minimise(x, y, w, e, lam, C, memory=10, tol=1e-6, max_iter=1000):
-    "All problems from zero to their minima: weights (S, r, C), losses (S,)."
-    done_W, done_f = x.new_zeros(len(lam), x.shape[1], C), torch.zeros_like(lam)
-    P = e/2 + torch.cat([lam[:, None].expand(-1, len(e) - 1), torch.zeros_like(lam[:, None])], 1).to(e.dtype)
-    P, W, live, pairs = P[..., None].clamp(min=1e-12), done_W, torch.arange(len(lam), device=x.device), []
-    f, g = _loss_grad(x, y, w, W, lam)
+# %% ../nbs/08_evaluation.ipynb #c9228ed1
+def _minimise(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
+    "All problems from zero to their minima: weights (S, C, r), losses (S,)."
+    W = torch.zeros(len(lam), C, x.shape[1], dtype=torch.float64, device=x.device)
+    done_W, done_f, live, pairs = W.clone(), torch.zeros_like(lam), torch.arange(len(lam), device=x.device), []
+    free = (torch.arange(len(e), device=x.device) < len(e) - 1).double()
+    now = _loss_grad(x, y, w, W, lam)
     for _ in range(max_iter):
-        D = _direction(g, pairs, P)
-        go = -_dot(g, D)/2 > tol*f
-        done_W[live[~go]], done_f[live[~go]] = W[~go], f[~go]
+        D = _direction(now[1], pairs, (now[2][..., None]*e + lam[:, None, None]*free).clamp(min=1e-12))
+        go = -_dot(now[1], D)/2 > tol*now[0]
+        done_W[live[~go]], done_f[live[~go]] = W[~go], now[0][~go]
         if not go.any(): return done_W, done_f
         if not go.all():
-            live, W, f, g, D, P, lam = (t[go] for t in (live, W, f, g, D, P, lam))
+            live, W, D, lam, *now = (t[go] for t in (live, W, D, lam, *now))
             pairs = [tuple(t[go] for t in p) for p in pairs]
-        W2, f2, g2 = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which]), W, f, g, D)
-        s, v = W2 - W, g2 - g
+        W2, then = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which]), W, now, D)
+        s, v = W2 - W, then[1] - now[1]
         pairs = [*pairs, (s, v, torch.where(_dot(s, v) > 0, 1/_dot(s, v), 0.))][-memory:]
-        W, f, g = W2, f2, g2
+        W, now = W2, then
     warnings.warn(f'{len(live)} of {len(done_f)} logistic regressions have not arrived after {max_iter} steps, those of λ = {[f"{v:.1e}" for v in lam.tolist()]}')
-    done_W[live], done_f[live] = W, f
+    done_W[live], done_f[live] = W, now[0]
     return done_W, done_f
 
-# %% ../nbs/08_evaluation.ipynb #df91b0c2
+# %% ../nbs/08_evaluation.ipynb #23c39f99
 penalties = np.logspace(-6, 5, 45) # appendix B.8
 
 def _check_problem(h, y):
@@ -278,12 +283,12 @@ def _check_problem(h, y):
     if not counts.all(): raise ValueError(f'labels must be the integers 0 to C - 1, each at least once; of {len(counts)} classes there is no image of {(counts == 0).nonzero().flatten().tolist()[:10]}')
 
 LogisticPath = namedtuple('LogisticPath', 'weights bias losses strengths')
-LogisticPath.__doc__ = "Solutions for S penalties: weights (S, d, C), bias (S, C), losses (S,) to about 1e-7 for float32 features, strengths (S,)"
+LogisticPath.__doc__ = "Solutions for S penalties: weights (S, d, C), bias (S, C), losses (S,), strengths (S,)"
 
-# %% ../nbs/08_evaluation.ipynb #fac71b79
+# %% ../nbs/08_evaluation.ipynb #da9aee54
 @torch.no_grad()
 def logistic_path(
-    h:Tensor, # (n, d) features; the work is done on their device, in float32 or float64
+    h:Tensor, # (n, d) features; the work is done on their device
     y, # (n,) classes, 0 to C - 1
     strengths=penalties, # penalties λ on the mean loss; scikit-learn's C is 1/(nλ)
     weight=None, # (n,) importance of each image; None: all alike
@@ -298,12 +303,12 @@ def logistic_path(
     _check_problem(h, y)
     C, w = int(y.max()) + 1, w/w.sum()
     x, e, V, mean = _rotate(h, w)
-    at_once = max(1, 2**28//(28*x.shape[1]*C))                  # as many as 1 GB of history holds
+    at_once = max(1, 2**27//(28*x.shape[1]*C))                  # as many as 1 GB of history holds
     W, f = (torch.cat(t) for t in zip(*[_minimise(x, y.long(), w, e, part, C) for part in lam.split(at_once)]))
-    weights = V @ W[:, :-1]
-    return LogisticPath(weights, W[:, -1] - mean @ weights, f, lam)
+    weights = V.double() @ W[..., :-1].mT
+    return LogisticPath(weights.to(h.dtype), (W[..., -1] - mean.double() @ weights).to(h.dtype), f, lam)
 
-# %% ../nbs/08_evaluation.ipynb #d580debf
+# %% ../nbs/08_evaluation.ipynb #250cc322
 class LogisticProbe:
     "A linear classifier and how its penalty was chosen."
     def __init__(self, weights, bias, strength, strengths, validation):
@@ -312,6 +317,7 @@ class LogisticProbe:
     def logits(self, h): return torch.as_tensor(h).to(self.weights) @ self.weights + self.bias
     def predict(self, h): return self.logits(h).argmax(1).cpu().numpy()
 
+# %% ../nbs/08_evaluation.ipynb #2dd8d972
 def logistic_regression(
     h:Tensor, # (n, d) features of the training images
     y, # (n,) their classes, 0 to C - 1
@@ -333,7 +339,7 @@ def logistic_regression(
     last = logistic_path(h, y, [best], weight)
     return LogisticProbe(last.weights[0], last.bias[0], best, path.strengths.cpu().numpy(), np.array(reached))
 
-# %% ../nbs/08_evaluation.ipynb #e96b3fcb
+# %% ../nbs/08_evaluation.ipynb #1b34054f
 def check_labels(train:ImageSet, test:ImageSet):
     "A `ValueError` where classes cannot be compared."
     if train.labels is None or test.labels is None: raise ValueError('evaluation needs labels: give a folder with one subfolder for each class')
@@ -342,7 +348,7 @@ def check_labels(train:ImageSet, test:ImageSet):
     few = [f'{c} ({n})' for c, n in zip(train.classes, counts) if n < 4]
     if few: raise ValueError(f'evaluation needs at least 4 training images of every class; too few of: {", ".join(few)}')
 
-# %% ../nbs/08_evaluation.ipynb #c2abfcc0
+# %% ../nbs/08_evaluation.ipynb #6566c840
 def score(
     encoder:nn.Module,
     train:ImageSet, # with labels
@@ -360,7 +366,7 @@ def score(
     guess = {'knn': knn_predict(h, y, ht, min(k, len(h))), 'lbfgs': probe.predict(ht)}
     return {name: 100*mean_per_class(yt, p) for name, p in guess.items()}
 
-# %% ../nbs/08_evaluation.ipynb #870ed035
+# %% ../nbs/08_evaluation.ipynb #56486340
 protocol_names = dict(knn='nearest neighbours', lbfgs='linear, by L-BFGS', linear='linear, by SGD', finetune='fine-tuned')
 
 def compare(
@@ -372,16 +378,21 @@ def compare(
     scores = {name: score(e, train, test, size, **kwargs) for name, e in encoders.items()}
     return {p: {name: s[p] for name, s in scores.items()} for p in ('knn', 'lbfgs')}
 
+# %% ../nbs/08_evaluation.ipynb #a53405a7
 def as_table(scores:dict)->str: # Markdown
     "What `compare` returns, as a table."
     names = list(next(iter(scores.values())))
     rows = [[n, *(f'{s[n]:.1f}' for s in scores.values())] for n in names]
     head = ['balanced accuracy, %', *(protocol_names[p] for p in scores)]
+    return markdown_table(head, rows)
+
+def markdown_table(head:list, rows:list)->str: # of strings
+    "A table in Markdown, that is one on a terminal too: the first column to the left, the others to the right."
     width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     line = lambda r: '| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))) + ' |'
     return '\n'.join([line(head), '|' + '|'.join('-'*(w + 2) if i == 0 else '-'*(w + 1) + ':' for i, w in enumerate(width)) + '|', *map(line, rows)])
 
-# %% ../nbs/08_evaluation.ipynb #6566c840
+# %% ../nbs/08_evaluation.ipynb #80c01d43
 colors = {'pixels': '.75', 'untrained': '.5', 'simclr': '#1f77b4'}
 
 def plot_scores(
@@ -399,7 +410,7 @@ def plot_scores(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #80c01d43
+# %% ../nbs/08_evaluation.ipynb #f1906efc
 class Frozen(nn.Module):
     "An encoder that only looks: no gradient, and in evaluation mode whatever the mode of the model around it."
     def __init__(self, encoder:nn.Module):
@@ -409,7 +420,7 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def forward(self, x): return self.encoder(x)
 
-# %% ../nbs/08_evaluation.ipynb #8dd55540
+# %% ../nbs/08_evaluation.ipynb #2659925e
 class Labelled(OneView):
     "`OneView` whose targets may be classes (n,), or rows (n, C) of 0 and 1."
     def before_fit(self):
@@ -426,7 +437,7 @@ def _zero_layer(dim, classes):
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/08_evaluation.ipynb #81eadf9f
+# %% ../nbs/08_evaluation.ipynb #eedb3db5
 def _classifier(encoder, train, size, bs, wd=0., seed=0, num_workers=None, trained=trainable_params):
     "A `Learner` of encoder and linear layer by Nesterov SGD on random crops and flips; `trained` says which parameters move."
     augment = Augmentation(size, RandomResizedCrop(), RandomFlip(), n_views=1)
@@ -442,7 +453,7 @@ def _fit(learn, epochs, lr):
     "Train without warm-up, along a cosine to zero, quietly."
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr=lr, cbs=RateByStep(learn.count_steps(epochs), 0, lr))
 
-# %% ../nbs/08_evaluation.ipynb #2659925e
+# %% ../nbs/08_evaluation.ipynb #66be9cb5
 def answers(
     scores:Tensor, # (n, C) the larger, the more likely
     labels, # (n,) classes, or (n, C) of 0 and 1
@@ -461,7 +472,7 @@ def _judged(model, test, size, crop, num_workers, view=None):
     scores, idxs = embed(model, test, size, crop, num_workers=num_workers, view=view)
     return answers(scores, test.labels[idxs.numpy()]) | dict(idxs=idxs.numpy())
 
-# %% ../nbs/08_evaluation.ipynb #a8e3d3f8
+# %% ../nbs/08_evaluation.ipynb #7b1f988f
 def choose(
     run, # (train, test, option) to a dict with `metric`
     options:list,
@@ -481,13 +492,15 @@ def choose(
     best = max(options, key=tried.get) if tried else options[0]
     return run(train if val is None else joined(train, val), test, best) | dict(chosen=best, tried=tried)
 
+# %% ../nbs/08_evaluation.ipynb #6a42c72b
 def joined(a:ImageSet, b:ImageSet)->ImageSet:
     "Both sets as one."
     return ImageSet(a.files + b.files, np.concatenate([a.labels, b.labels]), a.classes)
 
-# %% ../nbs/08_evaluation.ipynb #66be9cb5
+# %% ../nbs/08_evaluation.ipynb #87e700cf
 def _options(x): return list(x) if isinstance(x, (list, tuple, np.ndarray)) else [x]
 
+# %% ../nbs/08_evaluation.ipynb #ed4bb2dc
 def linear_evaluation(
     encoder:nn.Module, # (B, 3, size, size) in [0, 1] to (B, d); stays as it is, bit for bit
     train:ImageSet, test:ImageSet, # with labels
@@ -510,7 +523,7 @@ def linear_evaluation(
             return _judged(learn.model, b, size, crop, num_workers, view)
     return choose(run, _options(lr), train, test, share=share, seed=seed)
 
-# %% ../nbs/08_evaluation.ipynb #87e700cf
+# %% ../nbs/08_evaluation.ipynb #60145dd9
 class OnlineProbe(Callback):
     "A linear classifier on h behind a stop-gradient, both views; `accuracy`: percent, mean of the classes, on images that never train it. Each process has its own."
     order = -5                                           # the batch still says which images it holds
@@ -530,7 +543,7 @@ class OnlineProbe(Callback):
         self.hook = _unwrap(self.model).encoder.register_forward_hook(self.look)
     def after_fit(self): self.hook.remove()
 
-# %% ../nbs/08_evaluation.ipynb #ed4bb2dc
+# %% ../nbs/08_evaluation.ipynb #853d743a
 @patch
 def before_batch(self:OnlineProbe): self.rows, self.seen = self.yb[0].to(self.y.device), []
 @patch
@@ -552,7 +565,7 @@ def after_batch(self:OnlineProbe):
     loss = (F.cross_entropy(logits, y, reduction='none')*use).sum()/use.sum().clamp(min=1)
     self.sgd.zero_grad(); loss.backward(); self.sgd.step()
 
-# %% ../nbs/08_evaluation.ipynb #713b6ff0
+# %% ../nbs/08_evaluation.ipynb #06270858
 @patch
 def before_epoch(self:OnlineProbe): self.right, self.total = torch.zeros(2, int(self.y.max()) + 1, device=self.y.device)
 @patch
@@ -560,7 +573,7 @@ def after_epoch(self:OnlineProbe):
     if not (some := self.total > 0).any(): return
     self.accuracy = self.accuracies[self.epoch + 1] = 100*float((self.right[some]/self.total[some]).mean())
 
-# %% ../nbs/08_evaluation.ipynb #756f18fe
+# %% ../nbs/08_evaluation.ipynb #0d4ed166
 class OnlineNeighbours(Callback):
     "Accuracy of nearest neighbours among training images, now and then: `accuracy` (percent, mean of the classes) and `accuracies` by epoch."
     order = 60
@@ -586,7 +599,7 @@ class OnlineNeighbours(Callback):
         guess = knn_predict(h, self.bank.labels[i.numpy()], q, min(self.k, len(h)))
         self.accuracy = self.accuracies[done] = 100*float(metrics['mean per class'](self.queries.labels[j.numpy()], guess.cpu().numpy()))
 
-# %% ../nbs/08_evaluation.ipynb #dea18891
+# %% ../nbs/08_evaluation.ipynb #1a61ee25
 def few_labels(
     images:ImageSet, # with labels
     share:float=.01, # of the images; every class gets the same number of them
@@ -596,6 +609,7 @@ def few_labels(
     "A class-balanced share of the images, or those that a list names."
     return images.subset(label_idxs(images, share, seed, files)) if files or share != 1 else images
 
+# %% ../nbs/08_evaluation.ipynb #f3dec6fe
 def label_idxs(images:ImageSet, share:float=.01, seed:int=0, files:str|Path|None=None)->list:
     "Which images `few_labels` takes."
     if images.labels is None or images.labels.ndim > 1: raise ValueError('few labels are taken from images that have one each: give a folder with a subfolder for each class')
@@ -610,7 +624,7 @@ def label_idxs(images:ImageSet, share:float=.01, seed:int=0, files:str|Path|None
     order = keyed_rng(seed, view=2**32 + 3).permutation(len(images))
     return sorted(i for c in range(len(counts)) for i in order[images.labels[order] == c][:each])
 
-# %% ../nbs/08_evaluation.ipynb #64bfe379
+# %% ../nbs/08_evaluation.ipynb #709ad8a2
 def _listed(images, path):
     "Indices of the images that a list of file names names."
     if not Path(path).is_file(): raise FileNotFoundError(f'there is no list {path}: give a text file with one file name a line')
@@ -621,7 +635,7 @@ def _listed(images, path):
         raise ValueError(f'{len(lost)} of the {len(names)} names in {path} are no images of this set: {", ".join(lost[:5])}{", …" if len(lost) > 5 else ""}. Is it the list for this set, and the whole training part?')
     return sorted({where[n] for n in names})
 
-# %% ../nbs/08_evaluation.ipynb #d7898bab
+# %% ../nbs/08_evaluation.ipynb #a5235abb
 def follow_epochs(
     encoder:nn.Module,
     steps:int, # s, per epoch
@@ -632,7 +646,7 @@ def follow_epochs(
 
 def _pairs(lr, wd): return [(l, w) for l in _options(lr) for w in _options(wd)]
 
-# %% ../nbs/08_evaluation.ipynb #eb166e31
+# %% ../nbs/08_evaluation.ipynb #fa60c754
 def finetune(
     encoder:nn.Module, # (B, 3, size, size) in [0, 1] to (B, d); a copy of it is trained
     train:ImageSet, test:ImageSet, # with labels
@@ -658,7 +672,7 @@ def finetune(
         return _judged(learn.model, b, size, crop, num_workers, view)
     return choose(run, _pairs(lr, wd), train, test, val, metric, share, seed)
 
-# %% ../nbs/08_evaluation.ipynb #1a61ee25
+# %% ../nbs/08_evaluation.ipynb #dd4cea9e
 def from_scratch(
     encoder, # a network from `build_encoder` or `load_encoder`, or its `config`
     seed:int=0, # of the new weights
@@ -668,6 +682,7 @@ def from_scratch(
     if not config.get('arch'): raise ValueError('it is not known how to build this network again: its config names no arch. Give one from build_encoder or load_encoder, or build a new one yourself')
     with no_random(seed): return build_encoder(config['arch'], config['size'], config['stem'])
 
+# %% ../nbs/08_evaluation.ipynb #c6e45591
 def few_label_scores(
     encoders:dict, # name to encoder, with the rival `from_scratch`
     train:ImageSet, test:ImageSet, size:int,
@@ -682,7 +697,7 @@ def few_label_scores(
     n = lambda s: (60 if s <= .01 else 30) if epochs is None else epochs
     return {s: {name: finetune(e, few, test, size, n(s), seed=seed, **kwargs) for name, e in encoders.items()} for s, few in sets.items()}
 
-# %% ../nbs/08_evaluation.ipynb #fa60c754
+# %% ../nbs/08_evaluation.ipynb #a9259114
 class TransferSet(NamedTuple):
     "A set of table 8: how it is scored, and how torchvision finds its parts."
     metric:str                     # a key of `metrics`
@@ -694,7 +709,7 @@ _splits = dict(train=dict(split='train'), test=dict(split='test'))
 _with_val = _splits | dict(val=dict(split='val'))
 _voc = {p: dict(year='2007', image_set=p) for p in ('train', 'val', 'test')}
 
-# %% ../nbs/08_evaluation.ipynb #365be4d7
+# %% ../nbs/08_evaluation.ipynb #546ea0a9
 transfer_sets = {
     'Food': TransferSet('top-1', 'Food101', **_splits),
     'CIFAR10': TransferSet('top-1', 'CIFAR10', dict(train=True), dict(train=False)),
@@ -710,7 +725,7 @@ transfer_sets = {
     'Flowers': TransferSet('mean per class', 'Flowers102', **_with_val),
 }
 
-# %% ../nbs/08_evaluation.ipynb #7175e825
+# %% ../nbs/08_evaluation.ipynb #22e0dc22
 def _parted(kind, root, part=None, **told)->ImageSet:
     "A part of a torchvision dataset, as files and labels; nothing is downloaded."
     if kind == 'Caltech101': return _caltech(root, part)
@@ -728,7 +743,7 @@ def _shown(path): # (20,) 0 or 1
     names = {o.findtext('name') for o in objects if o.findtext('difficult') != '1'}
     return [int(c in names) for c in VOC_CLASSES]
 
-# %% ../nbs/08_evaluation.ipynb #fdfad933
+# %% ../nbs/08_evaluation.ipynb #ac879df4
 def _written(data, folder): # (n, H, W, 3) uint8 to n files
     if not folder.is_dir():
         temp = folder.with_name(f'.{folder.name}.{os.getpid()}')
@@ -744,6 +759,7 @@ def _sun(d, root, part):
     files = [str(folder/name.strip('/')) for name in (folder/part).read_text().split('\n') if name.strip()]
     return ImageSet(files, [labels[f] for f in files], d.classes)
 
+# %% ../nbs/08_evaluation.ipynb #4ff568ff
 def _caltech(root, part, each=30):
     folder = Path(root)/'caltech101'/'101_ObjectCategories'
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}')
@@ -753,7 +769,7 @@ def _caltech(root, part, each=30):
     first = [i for c in np.unique(real.labels) for i in order[real.labels[order] == c][:each]]
     return _renumbered(real.subset(sorted(first if part == 'train' else {*range(len(real))} - {*first})))
 
-# %% ../nbs/08_evaluation.ipynb #5ae57a71
+# %% ../nbs/08_evaluation.ipynb #c5915c1f
 def _renumbered(images):
     "Classes without images left out."
     kept, labels = np.unique(images.labels, return_inverse=True)
@@ -774,7 +790,7 @@ def transfer_parts(
     if len({tuple(s.classes) for s in parts.values() if s}) > 1: raise ValueError(f'the parts of {name} below {root} have not the same classes: is the set complete?')
     return parts
 
-# %% ../nbs/08_evaluation.ipynb #54567a80
+# %% ../nbs/08_evaluation.ipynb #3bb029f9
 def find_transfer(
     root:str|Path, # where the sets are
     names=tuple(transfer_sets), # which to look for
@@ -787,7 +803,7 @@ def find_transfer(
     if left_out: warnings.warn(f'left out {len(left_out)} of {len(names)} sets, which are not below {root}: ' + ', '.join(left_out))
     return found, left_out
 
-# %% ../nbs/08_evaluation.ipynb #22e0dc22
+# %% ../nbs/08_evaluation.ipynb #7c623f6a
 def linear_scores(
     h:Tensor, # (n, d) features
     labels, # (n,) classes, or (n, C) of 0 and 1: a regression for each class
@@ -802,7 +818,7 @@ def _columns(h, labels, strengths):
     paths = [logistic_path(h, y, strengths)[:2] if 0 < y.sum() < len(y) else none for y in labels.T]
     return (torch.stack([t[..., 1] - t[..., 0] for t in ts], -1) for ts in zip(*paths))
 
-# %% ../nbs/08_evaluation.ipynb #ac879df4
+# %% ../nbs/08_evaluation.ipynb #38c0617c
 def transfer_linear(
     encoder:nn.Module,
     parts:dict, # as from `transfer_parts`
@@ -823,10 +839,11 @@ def transfer_linear(
     last, = fit(torch.cat([a, b]), np.concatenate([ya, yb]), [best])(t)
     return answers(last.cpu(), yt) | dict(idxs=k.numpy(), chosen=best, tried=tried)
 
-# %% ../nbs/08_evaluation.ipynb #994dfeec
+# %% ../nbs/08_evaluation.ipynb #6c10b01a
 pretrained_grid = dict(lr=np.logspace(-4, -1, 7), wd=[0., *np.logspace(-6, -3, 7)], steps=20_000)
 random_grid = dict(lr=np.logspace(-3, 0, 7), wd=np.logspace(-5, -1.5, 8), steps=40_000)
 
+# %% ../nbs/08_evaluation.ipynb #ed9ec04c
 def transfer(
     encoders:dict, # name to encoder; 'random' takes `random_grid`
     root:str|Path, # where the sets are
@@ -847,7 +864,7 @@ def transfer(
         return finetune(e, parts['train'], parts['test'], size, val=parts['val'], metric=metric, crop=crop, **grids.get(who, pretrained_grid), **rest)
     return {p: {n: {w: ask(p, n, parts, w) for w in encoders} for n, parts in found.items()} for p in protocols} | dict(left_out=left_out)
 
-# %% ../nbs/08_evaluation.ipynb #7c623f6a
+# %% ../nbs/08_evaluation.ipynb #9b36b74b
 def _swapped(y, a, b, metric, samples, rng):
     "The difference seen, and those after swaps."
     if metric not in (top1, mean_per_class):
@@ -858,6 +875,7 @@ def _swapped(y, a, b, metric, samples, rng):
     seen = np.mean([d[g].mean() for g in groups])
     return seen, sum((2*rng.binomial(n, .5, samples) - n)/(g.sum()*len(groups)) for g in groups for n in [np.abs(d[g]).sum()])
 
+# %% ../nbs/08_evaluation.ipynb #fc8fc16b
 def permutation_test(
     y, # (n,) classes, or what else the metric compares with
     a, b, # predictions of two models, image by image: (n,) classes, or (n, C) scores
@@ -871,7 +889,7 @@ def permutation_test(
     seen, swapped = _swapped(y, a, b, metrics.get(metric, metric) if isinstance(metric, str) else metric, samples, np.random.default_rng(seed))
     return float((1 + (np.abs(swapped) >= abs(seen) - 1e-12).sum())/(1 + samples))
 
-# %% ../nbs/08_evaluation.ipynb #a47d2ff9
+# %% ../nbs/08_evaluation.ipynb #5bbaf94b
 def _signatures(images): # (n, 768) float32, NaN where the file cannot be read
     def small(f):
         try: return np.asarray(open_image(f).resize((16, 16), Image.BOX), np.float32).ravel()
@@ -885,6 +903,7 @@ def _same_pictures(a, b, correlated, apart): # thumbnails; pairs of indices
     at, place = (near & (sims >= correlated)).nonzero(as_tuple=True)
     return {(int(i), int(j)) for i, j in zip(idxs[at, place], at)}
 
+# %% ../nbs/08_evaluation.ipynb #dec9737e
 def check_leak(
     train:ImageSet, test:ImageSet,
     correlated:float=.999, # least correlation of two thumbnails
@@ -897,7 +916,7 @@ def check_leak(
     alike = _same_pictures(_signatures(train), _signatures(test), correlated, apart) - same
     return [(train.files[i], test.files[j], how) for how, pairs in (('bytes', same), ('picture', alike)) for i, j in sorted(pairs)]
 
-# %% ../nbs/08_evaluation.ipynb #9b36b74b
+# %% ../nbs/08_evaluation.ipynb #e6d73729
 def _verdict(ax, same):
     "A frame, and a sign for those who see no colour in it; grey and no sign where nobody knows."
     color = {None: '.7', True: '#1f77b4', False: '#ff7f0e'}[same if same is None else bool(same)]
@@ -905,6 +924,7 @@ def _verdict(ax, same):
     if same is not None: ax.text(.94, .06, '✓' if same else '✗', transform=ax.transAxes, ha='right', va='bottom', fontsize=8, fontweight='bold', color='w',
         bbox=dict(boxstyle='round,pad=.15', fc=color, ec='none'))
 
+# %% ../nbs/08_evaluation.ipynb #6a3f56cb
 def plot_neighbours(
     train:ImageSet, test:ImageSet,
     bank:Tensor, # (len(train), d) features
@@ -923,7 +943,7 @@ def plot_neighbours(
     axs[0, 0].set_title('query', fontsize=9); axs[0, 1].set_title('nearest …', fontsize=9)
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #9761a029
+# %% ../nbs/08_evaluation.ipynb #d7bc34a2
 def map_xy(
     h:Tensor, # (n, d) features
     method:str='tsne', # 'tsne', 'umap' (needs the package umap-learn) or 'pca'
@@ -939,7 +959,7 @@ def map_xy(
     except ImportError: raise ImportError("method='umap' needs a package: pip install umap-learn, or take 'tsne' or 'pca'") from None
     return UMAP(metric='cosine', n_neighbors=min(15, len(h) - 1), random_state=seed, n_jobs=1).fit_transform(h)
 
-# %% ../nbs/08_evaluation.ipynb #5bbaf94b
+# %% ../nbs/08_evaluation.ipynb #b95cc35a
 def palette(n:int)->list: # n colours
     "One colour for each class."
     return list(plt.cm.tab10.colors[:n] if n <= 10 else plt.cm.tab20.colors[:n] if n <= 20 else plt.cm.gist_rainbow(np.linspace(0, 1, n)))
@@ -955,7 +975,7 @@ def _lay(ax, image, x, y, colour, half=.023):
     ax.imshow(ImageOps.fit(image, (48, 48)), extent=(x - half, x + half, y - half, y + half), zorder=3)
     ax.add_patch(plt.Rectangle((x - half, y - half), 2*half, 2*half, fc='none', ec=colour, lw=1.6, zorder=4))
 
-# %% ../nbs/08_evaluation.ipynb #dec9737e
+# %% ../nbs/08_evaluation.ipynb #7126dc4a
 def plot_map(
     h:Tensor, # (n, d) features
     labels=None, # (n,) integers
@@ -976,7 +996,7 @@ def plot_map(
     if classes is not None and len(classes) <= 20: ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, .5), markerscale=2)
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #e6d73729
+# %% ../nbs/08_evaluation.ipynb #ce8e5668
 def plot_confusion(
     labels, # (n,) true classes, integers
     predictions, # (n,) predicted classes, integers
@@ -996,7 +1016,7 @@ def plot_confusion(
     ax.spines[:].set_visible(False); ax.tick_params(length=0)
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #4ee48ae2
+# %% ../nbs/08_evaluation.ipynb #c1313a48
 def plot_label_shares(
     curves:dict, # name to {share of the labels: (mean, standard deviation)}, accuracies in percent
 ): # the figure
@@ -1012,7 +1032,7 @@ def plot_label_shares(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #fcf1d57f
+# %% ../nbs/08_evaluation.ipynb #ff8a1f63
 def nearest_others(
     h:Tensor, # (n, d) features
     k:int=12, # neighbours each; fewer if there are fewer
@@ -1023,7 +1043,7 @@ def nearest_others(
     own[~own.any(1), -1] = True                       # behind so many twins that it did not find itself
     return idxs[~own].view(len(h), -1)
 
-# %% ../nbs/08_evaluation.ipynb #ce698872
+# %% ../nbs/08_evaluation.ipynb #04a58b63
 def _thumbnails(images, side):
     return np.stack([np.asarray(ImageOps.fit(images[i].convert('RGB'), (side, side))) for i in range(len(images))])
 
@@ -1038,7 +1058,7 @@ def _sheets(thumbs, columns=16, quality=70):
         pages.append(base64.b64encode(file.getvalue()).decode())
     return pages
 
-# %% ../nbs/08_evaluation.ipynb #bbe21d9b
+# %% ../nbs/08_evaluation.ipynb #1dcd1d6f
 def _checked(n, **given):
     for name, v in given.items():
         if v is not None and len(v) != n: raise ValueError(f'the map has {n} points, and {name} has {len(v)}: give one of each for every point')
@@ -1050,7 +1070,7 @@ def _places(xy):
     xy = (xy - (xy.max(0) + xy.min(0))/2)*[1, -1]/max(np.ptp(xy, 0).max(), 1e-9) + .5
     return xy.round(4).T.tolist()
 
-# %% ../nbs/08_evaluation.ipynb #078c9ac2
+# %% ../nbs/08_evaluation.ipynb #35c32e7e
 def _map_data(xy, images, labels, classes, neighbours, side):
     "What the page is told, in JSON's types."
     n, given = len(xy), labels is not None
@@ -1064,7 +1084,7 @@ def _map_data(xy, images, labels, classes, neighbours, side):
     return dict(x=x, y=y, labels=labels.tolist(), classes=classes, labelled=given, names=names, near=near,
         side=side, columns=16, per=256, sheets=_sheets(_thumbnails(images, side), quality=70 if n <= 2000 else 60))
 
-# %% ../nbs/08_evaluation.ipynb #a1ca1437
+# %% ../nbs/08_evaluation.ipynb #3f30f6b1
 def html_map(
     path:str|Path, # the file; folders are made
     xy, # (n, 2) places, from `map_xy`
@@ -1081,13 +1101,13 @@ def html_map(
     path.write_text(_page(title, dict(title=title) | data), encoding='utf-8')
     return path
 
-# %% ../nbs/08_evaluation.ipynb #417358b8
+# %% ../nbs/08_evaluation.ipynb #3c687d90
 def _page(title, data):
     page = files('simclr_nb').joinpath('map.html').read_text(encoding='utf-8')
     before, _, after = page.partition('{{data}}')
     return before.replace('{{title}}', html.escape(title)) + json.dumps(data, separators=(',', ':')).replace('<', '\\u003c') + after
 
-# %% ../nbs/08_evaluation.ipynb #ff8a1f63
+# %% ../nbs/08_evaluation.ipynb #06f7dfa4
 def singular_values(
     h:Tensor, # (n, d) features
 )->Tensor: # min(n, d) of them, descending, float64
@@ -1104,7 +1124,7 @@ def effective_rank(
     s = singular_values(h)
     return torch.special.entr(s/s.sum()).sum().exp().item() if s.sum() > 0 else 0.
 
-# %% ../nbs/08_evaluation.ipynb #04a58b63
+# %% ../nbs/08_evaluation.ipynb #0987e95e
 def plot_spectrum(
     features:dict, # name to (n, d) features
 ): # the figure
@@ -1120,12 +1140,13 @@ def plot_spectrum(
     ax.legend(frameon=False, title='effective rank', alignment='left', loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #3c687d90
+# %% ../nbs/08_evaluation.ipynb #7ec87246
 class _Versions(nn.Module):
     "What a module says of several versions of each image, side by side."
     def __init__(self, module, versions): super().__init__(); self.module, self.versions = module, versions
     def forward(self, x): return torch.cat([self.module(f(x)) for f in self.versions], 1)
 
+# %% ../nbs/08_evaluation.ipynb #f120c67c
 def knows_transformation(
     module:nn.Module, # images to vectors: the encoder for h, nn.Sequential(encoder, head) for z
     images:ImageSet,
@@ -1146,7 +1167,7 @@ def knows_transformation(
     x, y = rows(ask)
     return 100*top1(y, (x @ W + b).argmax(1))
 
-# %% ../nbs/08_evaluation.ipynb #d91991b7
+# %% ../nbs/08_evaluation.ipynb #e0a7e9e6
 def plot_alignment_uniformity(
     history:dict, # columns `step`, `alignment` and `uniformity`, arrays with nan where nothing was measured; from `read_history`
 ): # the figure
