@@ -56,7 +56,7 @@ def python(env, code, tmp_path):
 def test_wheel_holds_the_package_only(wheel):
     tops = {name.split('/')[0] for name in contents(wheel)}
     assert tops == {'simclr_nb', f'simclr_nb-{version}.dist-info'}
-    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
+    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} | {'simclr_nb/map.html'} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
     assert any(name.endswith('licenses/LICENSE') for name in contents(wheel))
 
 def test_metadata_is_what_settings_say(wheel):

@@ -1,0 +1,219 @@
+"The evaluation's protocols where a notebook's cell is too small: every dataset layout of the transfer table, and the watchers in several processes."
+import datetime, json, os, pickle, random, socket
+from hashlib import md5
+from pathlib import Path
+
+import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+from PIL import Image
+from scipy.io import savemat
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import datasets
+
+from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
+from simclr_nb.data import ImageSet
+from simclr_nb.encoder import build_encoder
+from simclr_nb.evaluation import OnlineNeighbours, OnlineProbe, find_transfer, finetune, transfer_linear, transfer_parts, transfer_sets
+from simclr_nb.learner import simclr_learner
+
+HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
+RNG = np.random.default_rng(0)
+
+
+def pixels(hue): return (.6*np.array(HUES[hue]) + RNG.normal(40, 40, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+
+
+def picture(path, hue):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(hue)).save(path)
+
+
+def write(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(lines) + '\n')
+
+
+def rows(n): return [(h, i) for h in HUES for i in range(n)]
+
+
+def food(root):
+    base = root/'food-101'
+    for part, n in dict(train=6, test=4).items():
+        names = {h: [f'{h}/{part}{i}' for i in range(n)] for h in HUES}
+        write(base/f'meta/{part}.json', [json.dumps(names)])
+        for h, i in rows(n): picture(base/f'images/{h}/{part}{i}.jpg', h)
+
+
+def cars(root):
+    base = root/'stanford_cars'
+    (base/'devkit').mkdir(parents=True)
+    savemat(base/'devkit/cars_meta.mat', {'class_names': np.array(list(HUES), dtype=object)})
+    for folder, file, n in (('cars_train', base/'devkit/cars_train_annos.mat', 6), ('cars_test', base/'cars_test_annos_withlabels.mat', 4)):
+        noted = [(f'{h}{i}.jpg', k + 1) for k, h in enumerate(HUES) for i in range(n)]
+        savemat(file, {'annotations': np.array(noted, dtype=[('fname', object), ('class', object)])})
+        for h, i in rows(n): picture(base/folder/f'{h}{i}.jpg', h)
+
+
+def aircraft(root):
+    base = root/'fgvc-aircraft-2013b/data'
+    write(base/'variants.txt', HUES)
+    for part, n in dict(train=6, val=4, test=4).items():
+        write(base/f'images_variant_{part}.txt', [f'{part}{h}{i} {h}' for h, i in rows(n)])
+        for h, i in rows(n): picture(base/f'images/{part}{h}{i}.jpg', h)
+
+
+def sun(root):
+    base = root/'SUN397'
+    write(base/'ClassName.txt', [f'/{h[0]}/{h}' for h in HUES])
+    for h, i in rows(10): picture(base/f'{h[0]}/{h}/sun_{i}.jpg', h)
+    write(base/'Training_01.txt', [f'/{h[0]}/{h}/sun_{i}.jpg' for h, i in rows(6)])
+    write(base/'Testing_01.txt', [f'/{h[0]}/{h}/sun_{i}.jpg' for h, i in rows(10) if i >= 6])
+
+
+def caltech(root):
+    for h, i in rows(34): picture(root/f'caltech101/101_ObjectCategories/{h}/image_{i + 1:04}.jpg', h)
+    picture(root/'caltech101/101_ObjectCategories/BACKGROUND_Google/image_0001.jpg', 'red')
+
+
+def digest(path): return md5(path.read_bytes()).hexdigest()
+
+
+def flowers(root, monkeypatch):
+    base, parts = root/'flowers-102', dict(trnid=range(1, 19), valid=range(19, 31), tstid=range(31, 43))
+    for i in range(1, 43): picture(base/f'jpg/image_{i:05}.jpg', list(HUES)[i % 3])
+    savemat(base/'imagelabels.mat', {'labels': [i % 3 + 1 for i in range(1, 43)]})
+    savemat(base/'setid.mat', {k: list(v) for k, v in parts.items()})
+    monkeypatch.setattr(datasets.Flowers102, '_check_integrity', lambda self: True)
+
+
+def cifar(root, monkeypatch, cls, label):
+    "What the pickles of CIFAR hold, with check sums of their own."
+    base = root/cls.base_folder
+    base.mkdir(parents=True)
+    for (name, _), n in ((cls.train_list[0], 6), (cls.test_list[0], 4)):
+        data = np.stack([pixels(h).transpose(2, 0, 1).ravel() for h, _ in rows(n)])
+        (base/name).write_bytes(pickle.dumps({'data': data, label: [k for k in range(3) for _ in range(n)]}))
+    (base/cls.meta['filename']).write_bytes(pickle.dumps({cls.meta['key']: list(HUES)}))
+    for part in ('train_list', 'test_list'):
+        name = getattr(cls, part)[0][0]
+        monkeypatch.setattr(cls, part, [[name, digest(base/name)]])
+    monkeypatch.setattr(cls, 'meta', cls.meta | {'md5': digest(base/cls.meta['filename'])})
+
+
+@pytest.fixture
+def every_set(tmp_path, monkeypatch):
+    for make in (food, cars, aircraft, sun, caltech): make(tmp_path)
+    flowers(tmp_path, monkeypatch)
+    cifar(tmp_path, monkeypatch, datasets.CIFAR10, 'labels')
+    cifar(tmp_path, monkeypatch, datasets.CIFAR100, 'fine_labels')
+    return tmp_path
+
+
+def hue_of(image):
+    "What a person would say."
+    return int(np.asarray(image, dtype=float).mean((0, 1))[::-1].argmax())
+
+
+@pytest.mark.filterwarnings('ignore:left out')
+def test_every_layout_gives_its_files_and_labels(every_set):
+    found, left_out = find_transfer(every_set)
+    assert set(left_out) == {'Birdsnap', 'VOC2007', 'DTD', 'Pets'} and all(left_out.values())
+    sizes = {n: tuple(len(p[k]) if p[k] else 0 for k in ('train', 'val', 'test')) for n, p in found.items()}
+    assert sizes == {n: (18, 12, 12) if transfer_sets[n].val else (18, 0, 12) for n in found} | {'Caltech-101': (90, 0, 12)}
+    for name, parts in found.items():
+        for s in (p for p in parts.values() if p):
+            assert len(s.classes) == (102 if name == 'Flowers' else 3) and all(f.is_file() for f in s.files), name
+            if name == 'Flowers': assert [list(HUES)[y] for y in s.labels] == [list(HUES)[hue_of(im)] for im in s]
+            else: assert [y == hue_of(s[i]) for i, y in enumerate(s.labels)] == [True]*len(s), name
+        assert not {f.resolve() for f in parts['train'].files} & {f.resolve() for f in parts['test'].files}, name
+
+
+def test_cifar_is_written_once_and_losslessly(every_set):
+    first = transfer_parts('CIFAR10', every_set)
+    times = [f.stat().st_mtime_ns for f in first['train'].files]
+    again = transfer_parts('CIFAR10', every_set)
+    assert [f.stat().st_mtime_ns for f in again['train'].files] == times
+    data = datasets.CIFAR10(every_set, train=True).data
+    assert all(np.array_equal(np.asarray(again['train'][i]), x) for i, x in enumerate(data))
+
+
+def test_missing_partition_lists_are_named(tmp_path):
+    sun(tmp_path)
+    (tmp_path/'SUN397/Training_01.txt').unlink()
+    with pytest.warns(UserWarning, match='left out 1 of 1 sets.*SUN397'): found, left_out = find_transfer(tmp_path, ['SUN397'])
+    assert not found and 'official partitions' in left_out['SUN397']
+
+
+def test_a_damaged_set_is_not_passed_over(tmp_path):
+    "Missing is one thing, damaged another."
+    aircraft(tmp_path)
+    write(tmp_path/'fgvc-aircraft-2013b/data/images_variant_train.txt', ['a.jpg yellow'])
+    with pytest.raises(KeyError): find_transfer(tmp_path, ['Aircraft'])
+
+
+def tone(): return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def test_linear_transfer_chooses_on_validation_images_only(every_set):
+    "Wrong labels in the test set change the score and nothing else."
+    parts = transfer_parts('Aircraft', every_set)
+    kw = dict(metric='mean per class', size=32, strengths=np.logspace(-4, 2, 5), num_workers=0)
+    right = transfer_linear(tone(), parts, **kw)
+    assert right['mean per class'] == 100 and len(right['tried']) == 5
+    t = parts['test']
+    wrong = transfer_linear(tone(), parts | dict(test=ImageSet(t.files, (t.labels + 1) % 3, t.classes)), **kw)
+    assert wrong['tried'] == right['tried'] and wrong['chosen'] == right['chosen'] and wrong['mean per class'] == 0
+    np.testing.assert_array_equal(wrong['scores'], right['scores'])
+
+
+def test_linear_transfer_trains_on_both_parts_in_the_end(every_set):
+    "The seam `fit`: what it is given, and that its answers are what is scored."
+    asked = []
+    def fit(h, y, strengths):
+        asked.append((len(h), [float(s) for s in strengths]))
+        return lambda x: [-torch.cdist(x, torch.stack([h[y == c].mean(0) for c in range(3)])) for _ in strengths]
+    out = transfer_linear(tone(), transfer_parts('Flowers', every_set), 'mean per class', 32, strengths=[1., 2.], fit=fit, num_workers=0)
+    assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['mean per class'] == 100
+
+
+def test_finetuning_takes_a_grid_and_skips_what_diverges(every_set):
+    parts, encoder = transfer_parts('Food', every_set), build_encoder('resnet18_0.25x', 32)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    out = finetune(encoder, parts['train'], parts['test'], 32, lr=[1e30, .02], wd=[0., 1e-4], steps=6, bs=9, share=.34, num_workers=0)
+    assert out['chosen'][0] == .02 and out['tried'][1e30, 0.] == -np.inf and len(out['tried']) == 4
+    for k, v in encoder.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
+
+
+AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())
+
+
+def pretrained(folder, watch, rank=0, world=1):
+    images = ImageSet(sorted(Path(folder).rglob('*.png')), [k for k in range(3) for _ in range(8)], list(HUES))
+    learn = simclr_learner(images, 'resnet18_0.25x', augment=AUGMENT, num_workers=0)
+    if world > 1: learn.model = DistributedDataParallel(learn.model)
+    cbs = [OnlineProbe(), OnlineNeighbours(images, every=2, k=5, num_workers=0)] if watch else []
+    torch.manual_seed(1); random.seed(1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, lr=.1, cbs=cbs)
+    return learn, cbs, (torch.rand(1).item(), random.random())
+
+
+def one_process(rank, world, folder, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))     # as torchrun does; fastai reads them
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    try:
+        plain, _, after = pretrained(folder, False, rank, world)
+        learn, (probe, neighbours), after_watched = pretrained(folder, True, rank, world)
+        same = all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), learn.model.state_dict().values()))
+        torch.save(dict(same=same and after == after_watched, probe=probe.accuracy, neighbours=neighbours.accuracies), f'{folder}/{rank}.pt')
+    finally: dist.destroy_process_group()
+
+
+def test_watchers_in_two_processes(tmp_path):
+    "Under DistributedDataParallel training is untouched, and only the first process looks for neighbours."
+    for h, i in rows(8): picture(tmp_path/h/f'{i}.png', h)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    mp.start_processes(one_process, (2, str(tmp_path), port), nprocs=2, start_method='spawn')
+    first, second = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
+    assert first['same'] and second['same']
+    assert list(first['neighbours']) == [2, 3] and second['neighbours'] == {}
+    assert first['probe'] is not None and 0 <= first['probe'] <= 100
