@@ -38,6 +38,7 @@ from .checkpoints import Checkpoints, convert as convert_encoder, write_whole
 from .data import BadImage, load_images, sources, train_test
 from .distributed import CachedGradients, anywhere, bytes_per_step, checkpoint_activations, memory_per_device, process_group
 from .encoder import build_encoder, encoder_config, load_encoder
+from .evaluation import OnlineNeighbours
 from .learner import History, Measures, SimCLR, plan_run, read_history, simclr_learner, sizes
 from .projection import projection_head, save_head
 
@@ -145,7 +146,7 @@ def describe(learn, s:dict)->dict: # for config.json
         versions=dict(simclr_nb=__version__, torch=str(torch.__version__), fastai=fastai.__version__, python=platform.python_version()))
 
 # %% ../nbs/10_cli.ipynb #f049b07c
-def loggers(kind:str|None, out:Path)->list:
+def loggers(kind:str|None, out:Path, learn, s:dict)->list:
     "fastai's callback for TensorBoard or W&B, in the process that does the talking."
     if kind not in (None, 'tensorboard', 'wandb'): raise ValueError(f'cannot log to {kind!r}; there are tensorboard and wandb')
     if kind is None or rank_distrib(): return []
@@ -156,7 +157,8 @@ def loggers(kind:str|None, out:Path)->list:
         import wandb
         from fastai.callback.wandb import WandbCallback
     except ImportError as e: raise ImportError(f"--log {kind} needs another package: pip install 'simclr_nb[log]' ({e})") from e
-    wandb.init(project='simclr_nb', name=out.name, dir=out)
+    wandb.init(project='simclr_nb', name=out.name, dir=out, config=s)
+    learn.gather_args = dict                              # the settings are there; with fastcore 2, fastai 2.8's own collection of them fails at the first number
     return [WandbCallback(log_preds=False, log_model=False)]
 
 def watchers(learn, out:Path, s:dict, every:int, online:int, log:str|None)->list:
@@ -164,7 +166,7 @@ def watchers(learn, out:Path, s:dict, every:int, online:int, log:str|None)->list
     images = learn.dls.train.dataset.images
     same = {k: s[k] for k in ('arch', 'size', 'augment', 'opt', 'temperature', 'head', 'dim', 'precision', 'micro_batch')}
     judge = [OnlineNeighbours(images, every=online)] if online and images.labels is not None else []
-    return [Checkpoints(out/'checkpoints', every, config=same), History(out/'history.csv'), *judge, *loggers(log, out)]
+    return [Checkpoints(out/'checkpoints', every, config=same), History(out/'history.csv'), *judge, *loggers(log, out, learn, s)]
 
 # %% ../nbs/10_cli.ipynb #4f72a159
 def train_run(learn, out:Path, s:dict, cbs:list)->dict: # for report.json
