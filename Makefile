@@ -5,8 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb)) $(wildcard nbs/index.ipynb)
 
-DEMO_PRETRAIN = $(RUN)/simclr-pretrain solar_cells --arch resnet18_0.5x --opt adam --lr 0.002 --temperature 0.2 \
-    --epochs 24 --out runs/demo --overwrite
+DEMO_PRETRAIN = $(RUN)/simclr-pretrain --recipe solar_cells --out runs/demo --overwrite
 DEMO_EVALUATE = $(RUN)/simclr-evaluate runs/demo solar_cells
 
 help:  ## Say what can be made

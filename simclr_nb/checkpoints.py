@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadCheckpoint', 'Entry', 'read_index', 'official_names', 'Official', 'load_official', 'center_crop', 'OfficialEval',
            'preprocess', 'torchvision_state', 'export_onnx', 'write_hub', 'convert', 'write_whole', 'save_state',
-           'load_state', 'saved_states', 'last_state', 'Checkpoints', 'dist_rank', 'bare']
+           'load_state', 'saved_states', 'last_state', 'Checkpoints', 'bare']
 
 # %% ../nbs/09_checkpoints.ipynb #17d95d00
 import io, json, math, os, platform, re, signal, threading, warnings, zlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from . import __version__
 from .data import PairLoader, _to_rgb, pixels
-from .distributed import anywhere
+from .distributed import _rank, _world, anywhere
 from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
@@ -540,7 +540,7 @@ class Checkpoints(Callback):
     def before_fit(self):
         if not isinstance(self.dls.train, PairLoader): raise ValueError("a run can be taken up again only with the library's own loaders: give simclr_learner images, not DataLoaders")
         self.saved, self.resumed_at = None, 0
-        if not dist_rank(): self.prepare()
+        if not _rank(): self.prepare()
         state, path = last_state(self.folder)
         self.check_all_agree(state)
         if state: self.restore(state, path)
@@ -553,13 +553,11 @@ class Checkpoints(Callback):
     def after_fit(self):
         if self.before_told is not None: signal.signal(signal.SIGTERM, self.before_told)
 
-def dist_rank(): return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
 # %% ../nbs/09_checkpoints.ipynb #f079fd16
 def _everybodys(x):
     "What each process has, by rank."
-    if not (dist.is_available() and dist.is_initialized()): return [x]
-    dist.all_gather_object(out := [None]*dist.get_world_size(), x)
+    if _world() == 1: return [x]
+    dist.all_gather_object(out := [None]*_world(), x)
     return out
 
 @patch
@@ -596,8 +594,8 @@ def restore(self:Checkpoints, state:dict, path:Path):
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
     for cb in self.cbs:
         if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
-    if dist_rank() < len(state['rng']):
-        for f, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state['rng'][dist_rank()]): f(rng)
+    if _rank() < len(state['rng']):
+        for f, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state['rng'][_rank()]): f(rng)
     dl, step = self.dls.train, state['step']
     self.resumed_at = self.learn.train_iter = dl.done = step
     self.learn.first_epoch = next(e for e in range(self.n_epoch + 1) if dl.steps(e + 1) > step)
@@ -625,7 +623,7 @@ def save(self:Checkpoints):
     "Save the state as it is, unless it is saved already."
     if self.saved == self.train_iter: return
     state, self.saved = self.state(), self.train_iter
-    if dist_rank(): return
+    if _rank(): return
     try: save_state(self.folder, state)
     except OSError as e:
         good = next(iter(saved_states(self.folder)), None)

@@ -28,7 +28,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import fastai, matplotlib.pyplot as plt, numpy as np, torch
-from fastai.torch_core import default_device, no_random, num_distrib, rank_distrib
+from fastai.torch_core import default_device, no_random, num_distrib
 from fastcore.script import call_parse, store_true
 from safetensors import safe_open
 from torch import nn
@@ -36,7 +36,7 @@ from . import __version__
 from .augmentations import augmentations_for
 from .checkpoints import Checkpoints, convert as convert_encoder, write_whole
 from .data import BadImage, load_images, sources, train_test
-from .distributed import CachedGradients, anywhere, bytes_per_step, checkpoint_activations, memory_per_device, process_group
+from .distributed import CachedGradients, _rank, anywhere, bytes_per_step, checkpoint_activations, memory_per_device, process_group
 from .encoder import build_encoder, encoder_config, load_encoder
 from .evaluation import OnlineNeighbours
 from .learner import History, Measures, SimCLR, plan_run, read_history, simclr_learner, sizes
@@ -149,7 +149,7 @@ def describe(learn, s:dict)->dict: # for config.json
 def loggers(kind:str|None, out:Path, learn, s:dict)->list:
     "fastai's callback for TensorBoard or W&B, in the process that does the talking."
     if kind not in (None, 'tensorboard', 'wandb'): raise ValueError(f'cannot log to {kind!r}; there are tensorboard and wandb')
-    if kind is None or rank_distrib(): return []
+    if kind is None or _rank(): return []
     try:
         if kind == 'tensorboard':
             from fastai.callback.tensorboard import TensorBoardCallback
@@ -171,7 +171,7 @@ def watchers(learn, out:Path, s:dict, every:int, online:int, log:str|None)->list
 # %% ../nbs/10_cli.ipynb #4f72a159
 def train_run(learn, out:Path, s:dict, cbs:list)->dict: # for report.json
     "Pretrain, and save what came of it."
-    alone = not rank_distrib()
+    alone = not _rank()
     if alone: save_figure(learn.show_pairs(), out/'figures'/'pairs.png')
     began = time.perf_counter()
     learn.pretrain(s['epochs'], s['bs'], s['lr'], s['rule'], s['warmup'], cbs=cbs)
@@ -196,7 +196,7 @@ def complete(out:Path, config:dict)->bool:
 
 def pretrain_run(s:dict, out:Path, overwrite:bool, every:int, online:int, log, **how):
     "The whole of `simclr-pretrain`, in one process of any number."
-    say = print if not rank_distrib() else lambda *_: None
+    say = print if not _rank() else lambda *_: None
     learn = learner_for(s, **how)
     with learn.distrib_ctx():
         learn.set_batch_size(s['bs'])
@@ -204,8 +204,8 @@ def pretrain_run(s:dict, out:Path, overwrite:bool, every:int, online:int, log, *
         anew = overwrite and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
         if not anew and complete(out, config): return say(f'{out} is complete: there is nothing to do')
         anywhere(False)                                    # nobody deletes what somebody still looks at
-        if anew and not rank_distrib(): clear_run(out)
-        if not rank_distrib(): out.mkdir(parents=True, exist_ok=True); write_json(out/'config.json', config)
+        if anew and not _rank(): clear_run(out)
+        if not _rank(): out.mkdir(parents=True, exist_ok=True); write_json(out/'config.json', config)
         anywhere(False)
         try: report = train_run(learn, out, s, watchers(learn, out, s, every, online, log))
         except SystemExit: say(f'\nstopped as asked, after step {learn.train_iter}; the same command goes on'); raise
@@ -279,7 +279,7 @@ def plot_runs(
     for ax, (k, label) in zip(axs.flat, shown.items()):
         for i, (name, h) in enumerate(histories.items()):
             there = ~np.isnan(h[k])
-            ax.plot(h['epoch'][there], h[k][there], color=f'C{i}', lw=1.2, marker='o' if k == 'knn' else None, ms=3, label=name)
+            ax.plot(h['epoch'][there], h[k][there], color=f'C{i}', lw=1.2 + .9*(len(histories) - 1 - i), marker='o' if k == 'knn' else None, ms=3, label=name)
         ax.set(title=label, xlabel='epoch')
         ax.title.set_fontsize(10)
         ax.spines[['top', 'right']].set_visible(False)

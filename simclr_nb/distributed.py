@@ -55,6 +55,7 @@ class _Gather(torch.autograd.Function):
 
 # %% ../nbs/06_distributed.ipynb #e11bd33e
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _rank(): return dist.get_rank() if _world() > 1 else 0
 
 _dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
 

@@ -23,12 +23,12 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import ValueMetric, accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import maybe_gather, no_random, num_distrib, rank_distrib, trainable_params
+from fastai.torch_core import maybe_gather, no_random, num_distrib, trainable_params
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, PairLoader, check_batch, load_images, pair_loaders
-from .distributed import Distributed, checkpoint_activations, gather_rows, gather_views, process_group
+from .distributed import Distributed, _rank, _world, checkpoint_activations, gather_rows, gather_views, process_group
 from .encoder import build_encoder, save_encoder as encoder_file
 from .lars import LARS, learning_rate, param_groups, peak_lr, warmup_steps
 from .ntxent import alignment, contrastive_accuracy, contrastive_entropy, nt_xent, positives, uniformity
@@ -67,8 +67,8 @@ class TwoViews(Callback):
         return cut_views(self.augment, _unit_range(x), self.seed, self.epochs_done, first)
     def before_batch(self):
         n = len(self.xb[0])
-        views = self.views(*self.xb, first=self.seen + rank_distrib()*n)      # images of one's own have their place for a key
-        self.seen += max(1, num_distrib())*n
+        views = self.views(*self.xb, first=self.seen + _rank()*n)      # images of one's own have their place for a key
+        self.seen += _world()*n
         self.learn.xb, self.learn.yb = (views.contiguous(memory_format=self.memory_format),), (positives(len(views), views.device),)
     def after_epoch(self): self.epochs_done += 1
     def before_validate(self): raise CancelValidException
@@ -121,7 +121,7 @@ class Measures(Callback):
     def after_batch(self):
         if not hasattr(self.learn, 'progress') or not hasattr(self.progress, 'pbar'): return
         step = (time.perf_counter() - self.began)/self.steps
-        left, images = (self.count_steps(self.n_epoch) - self.train_iter)*step, self.dls.train.bs*max(1, num_distrib())
+        left, images = (self.count_steps(self.n_epoch) - self.train_iter)*step, self.dls.train.bs*_world()
         self.progress.pbar.comment += f', {images/step:.0f} images/s, {timedelta(seconds=round(left))} left'
     def mean(self, i): return float(self.total[i]/self.steps)
     def geometry(self): return float(alignment(self.z)), float(uniformity(self.z)) if len(self.z) > 2 else math.nan
@@ -148,7 +148,7 @@ class SimCLRLearner(Learner):
     @contextmanager
     def distrib_ctx(self):
         "Train with all processes that a launcher started; alone, nothing changes."
-        with process_group(), self.no_bar() if rank_distrib() else nullcontext(), self.added_cbs([Distributed()] if num_distrib() > 1 else []):
+        with process_group(), self.no_bar() if _rank() else nullcontext(), self.added_cbs([Distributed()] if _world() > 1 else []):
             try: yield self
             finally:
                 if isinstance(self.model, DistributedDataParallel): self.distributed.after_fit()        # an error left it wrapped
@@ -275,6 +275,7 @@ def pretrain(self:Learner,
 ):
     "Train with the paper's learning-rate rule, warm-up and cosine."
     if epochs < 1: raise ValueError(f'pretrain takes 1 epoch or more, got {epochs}')
+    if num_distrib() > 1 and _world() == 1: raise ValueError(f'{num_distrib()} processes were started, and this one trains alone: write `with learn.distrib_ctx(): learn.pretrain(…)`')
     if lr is None and self.opt_name != 'lars': raise ValueError('the rules for the learning rate are for LARS: give lr for another optimiser (0.001 is a start for Adam)')
     self.set_batch_size(bs)
     total, warm, peak = plan_run(self.count_images(), self.dls.train.bs, epochs, lr, rule, warmup)
@@ -318,7 +319,7 @@ class History(Callback):
     def before_fit(self): self.every, self.begun = -(-self.count_steps(self.n_epoch)//self.lines), False
     def before_epoch(self):
         self.sum, self.count, self.since = 0, 0, time.perf_counter()
-        if not (self.begun or rank_distrib()): self.begin()
+        if not (self.begun or _rank()): self.begin()
         self.begun = True
     def begin(self):
         "Keep the lines up to the step that training takes up again."
@@ -340,7 +341,7 @@ def write_means(self:History):
     "A line with the means since the last one."
     loss, accuracy, entropy, norm = maybe_gather(self.sum[None]/self.count).mean(0).tolist()
     align, uniform = self.measures.geometry()
-    now, images = time.perf_counter(), self.count*self.dls.train.bs*max(1, num_distrib())
+    now, images = time.perf_counter(), self.count*self.dls.train.bs*_world()
     self.write(loss=loss, contrastive_accuracy=accuracy, contrastive_entropy=entropy, alignment=align, uniformity=uniform,
         lr=self.opt.hypers[-1]['lr'], grad_norm=norm, images_per_second=images/(now - self.since))
     self.sum, self.count, self.since = 0, 0, now
@@ -348,7 +349,7 @@ def write_means(self:History):
 @patch
 def write(self:History, **values):
     "A line; what has no value stays empty."
-    if rank_distrib(): return
+    if _rank(): return
     values |= dict(step=self.train_iter, epoch=f'{self.train_iter*self.n_epoch/self.count_steps(self.n_epoch):.4f}')
     cells = ['' if (v := values.get(c)) is None else f'{v:.6g}' if isinstance(v, float) else str(v) for c in self.columns]
     with open(self.path, 'a') as f: f.write(','.join(cells) + '\n')
