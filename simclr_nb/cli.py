@@ -504,12 +504,13 @@ def remarks(facts:dict)->list: # of sentences
     "What a reader of the table has to know."
     on = facts['evaluated_on']
     out = [f"{on['train']:,} training and {on['test']:,} held-out images, {len(on['classes'])} classes; nearest neighbours: {on['k']}; layer {on['layer']}. "
-        f"“± ” is the standard deviation over seeds {', '.join(map(str, on['seeds']))}. “~”: not clearly different from simclr (permutation test, p > 0.05)."]
+        + f"± is the standard deviation over {len(on['seeds'])} seeds. "*(len(on['seeds']) > 1) + '~ marks what is not clearly different from simclr (permutation test, p > 0.05).']
     if on['left_out']: out.append(f"{len(on['left_out'])} files could not be read and were left out: {', '.join(on['left_out'][:10])}")
     if on['test_seen_in_pretraining']: out.append(f"Pretraining has seen {on['test_seen_in_pretraining']} of the {on['test']} test images, without their labels.")
     if on['leaks'] is None: out.append('Whether test images are among the training images was not looked for (--leaks).')
     elif on['leaks']: out.append(f"WARNING: {len({b for _, b, _ in on['leaks']})} test images are among the training images: " + ', '.join(f'{Path(b).name} is {Path(a).name} ({how})' for a, b, how in on['leaks'][:10]))
-    return out + [f'Left out: {what}: {why}' for what, why in facts['not_asked'].items()]
+    whys = {why: [what for what, w in facts['not_asked'].items() if w == why] for why in facts['not_asked'].values()}
+    return out + [f'Left out: {"; ".join(what)}. {why}' for why, what in whys.items()]
 
 # %% ../nbs/10_cli.ipynb #1ca38d9f
 def numbers(text:str, kind, name:str, fits)->list:
