@@ -356,7 +356,7 @@ class Judge:
 @patch
 def linear(self:Judge, name, some, seed):
     "Trained on crops, as in appendix B.6."
-    epochs = self.linear_epochs or (30 if self.small else 90)
+    epochs = self.linear_epochs or (90 if not self.small else 30 if len(some) < .5*len(self.train) else 10)
     return linear_evaluation(self.encoders[name], self.train.subset(some), self.test, self.size, epochs, self.batch(some), .1 if self.small else None, seed=seed, **self.how)
 @patch
 def finetune(self:Judge, name, some, seed):
@@ -537,8 +537,8 @@ def evaluate(
     layer:str='h', # h, or z: behind the projection head
     k:int=20, # neighbours that vote
     crop:float=1., # share of a test image's shorter side to keep; .875 for ImageNet
-    linear_epochs:int=None, # of --protocol linear; 90 if not given, 30 for fewer than 10,000 images
-    finetune_epochs:int=None, # of --protocol finetune; 60 up to 5% of the labels, else 30 if not given, 10 for all of fewer than 10,000 images
+    linear_epochs:int=None, # of --protocol linear; 90 if not given; fewer than 10,000 images: 30, or 10 for half of the labels and more
+    finetune_epochs:int=None, # of --protocol finetune; 60 up to 5% of the labels, else 30 if not given; fewer than 10,000 images: 10 for half of the labels and more
     leaks:store_true=False, # look for test images among the training images even if there are more than 100,000
     workers:int=None, # processes that decode; one per core if not given
 ):
