@@ -8,7 +8,7 @@ __all__ = ['BadCheckpoint', 'Entry', 'read_index', 'official_names', 'Official',
            'load_state', 'saved_states', 'last_state', 'Checkpoints', 'bare']
 
 # %% ../nbs/09_checkpoints.ipynb #17d95d00
-import io, json, math, os, platform, re, signal, threading, warnings, zlib
+import io, json, math, os, platform, re, signal, threading, time, warnings, zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from . import __version__
 from .data import PairLoader, _to_rgb, pixels
-from .distributed import _rank, _world, anywhere
+from .distributed import _rank, anywhere, everybodys
 from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
@@ -512,7 +512,8 @@ def load_state(path:str|Path)->dict:
     "Read one state, on the CPU; `BadCheckpoint` if it is not as it was written. (`torch.load(path, weights_only=True)` reads it too.)"
     data = Path(path).read_bytes()
     if f'{zlib.crc32(data):08x}' != Path(path).stem.rpartition('-')[2]: raise BadCheckpoint(f'{path} is damaged: its {len(data)} bytes do not match the checksum in its name')
-    return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except Exception as e: raise BadCheckpoint(f'{path} cannot be read: {e}') from e
 
 # %% ../nbs/09_checkpoints.ipynb #a21a7ae6
 def saved_states(folder:str|Path)->list[Path]:
@@ -546,20 +547,16 @@ class Checkpoints(Callback):
         if state: self.restore(state, path)
         self.catch_sigterm()
     def after_batch(self):
+        if self.iter + 1 < self.n_iter: self.end_of_step(self.train_iter % self.every == 0)      # the last step of an epoch is saved with the epoch
+    def after_epoch(self): self.end_of_step(True)
+    def end_of_step(self, due):
         stop = anywhere(self.told, self.loss.device)
-        if stop or self.train_iter % self.every == 0: self.save()
+        if stop or due: self.save()
         if stop: raise SystemExit(128 + signal.SIGTERM)
-    def after_epoch(self): self.save()
     def after_fit(self):
         if self.before_told is not None: signal.signal(signal.SIGTERM, self.before_told)
 
 # %% ../nbs/09_checkpoints.ipynb #f079fd16
-def _everybodys(x):
-    "What each process has, by rank."
-    if _world() == 1: return [x]
-    dist.all_gather_object(out := [None]*_world(), x)
-    return out
-
 @patch
 def belongs_to(self:Checkpoints)->dict:
     "What must be the same when a run goes on."
@@ -573,7 +570,7 @@ def state(self:Checkpoints)->dict:
     "All that the next step depends on."
     model, scaler = bare(self.model), getattr(self.learn, 'scaler', None)
     return dict(step=self.train_iter, start=self.dls.train.start, model=model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
-        rng=_everybodys([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
+        unreadable=self.dls.train.dataset.unreadable.clone(), rng=everybodys([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
         callbacks={cb.name: cb.state_dict() for cb in self.cbs if hasattr(type(cb), 'state_dict')},
         config=self.belongs_to(), versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
 
@@ -591,6 +588,7 @@ def restore(self:Checkpoints, state:dict, path:Path):
             raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {is_now.get(k)} now. Give the same settings to go on, or another folder to begin')
     bare(self.model).load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
+    self.dls.train.dataset.unreadable |= state['unreadable']
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
     for cb in self.cbs:
         if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
@@ -615,7 +613,7 @@ def prepare(self:Checkpoints):
 @patch
 def check_all_agree(self:Checkpoints, state):
     "On several machines: does every process see the same folder?"
-    steps = _everybodys(state and state['step'])
+    steps = everybodys(state and state['step'])
     if len({*steps}) > 1: raise ValueError(f'the processes see different checkpoints in {self.folder} (steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
 
 @patch
@@ -635,8 +633,11 @@ def save(self:Checkpoints):
 @patch
 def catch_sigterm(self:Checkpoints):
     "From now on SIGTERM means: end this step, save, leave."
-    self.told, self.before_told = False, None
+    self.told, self.before_told, first = False, None, time.monotonic()
     def tell(*_):
-        if self.told: signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)
-        self.told = True
+        nonlocal first
+        if self.learn is None or self.told and time.monotonic() > first + 5:          # nobody trains any more, or nobody listens
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.told: self.told, first = True, time.monotonic()                # launcher and cluster may both send one
     if threading.current_thread() is threading.main_thread(): self.before_told = signal.signal(signal.SIGTERM, tell)

@@ -68,7 +68,7 @@ def run_folder(
 
 def clear_run(out:Path):
     "Delete what an earlier run left in its folder."
-    for name in ('encoder.safetensors', 'head.safetensors', 'config.json', 'history.csv', 'report.json'): (out/name).unlink(missing_ok=True)
+    for name in ('encoder.safetensors', 'head.safetensors', 'config.json', 'history.csv', 'report.json', 'report.md'): (out/name).unlink(missing_ok=True)
     for name in ('checkpoints', 'figures', 'tensorboard'): shutil.rmtree(out/name, ignore_errors=True)
 
 # %% ../nbs/10_cli.ipynb #3a867bfd
@@ -118,11 +118,12 @@ def forecast(
     total, warm, peak = plan_run(n, s['bs'], s['epochs'], s['lr'], s['rule'], s['warmup'])
     if checkpoint: checkpoint_activations(model.encoder)
     kind = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[s['precision']]
+    if s['lr'] is None and s['opt'] != 'lars': raise ValueError('the rules for the learning rate are for LARS: give --lr for another optimiser')
     memory = memory_per_device(model, s['size'], s['bs'], devices, s['micro_batch'], kind)
     sent = sum(bytes_per_step(model, s['bs'], devices, s['dim']).values())
     return {'images': f'{n:,}', 'steps': f'{total:,}', 'steps of warm-up': f'{warm:,}', 'peak learning rate': f'{peak:g}',
         'negatives of a view': f'{2*(s["bs"] - 1):,}', 'parameters': f'{sum(p.numel() for p in model.parameters()):,}', 'devices': f'{devices:,}',
-        'images per device and step': f'{s["bs"]//devices:,}', 'memory per device, about': f'{sum(memory.values())/1e9:.1f} GB',
+        'images per device and step': f'{s["bs"]//devices:,}', 'memory per device, about': f'{(sum(memory.values()) + memory["momentum"]*(s["opt"] == "adam"))/1e9:.1f} GB',
         'sent per device and step': f'{sent/1e6:.1f} MB'}
 
 # %% ../nbs/10_cli.ipynb #0ac9bc35
@@ -165,14 +166,15 @@ def watchers(learn, out:Path, s:dict, every:int, online:int, log:str|None)->list
     "What goes along with a run: its checkpoints, its history, and whoever looks on."
     images = learn.dls.train.dataset.images
     same = {k: s[k] for k in ('arch', 'size', 'augment', 'opt', 'temperature', 'head', 'dim', 'precision', 'micro_batch')}
-    judge = [OnlineNeighbours(images, every=online)] if online and images.labels is not None else []
+    try: judge = [OnlineNeighbours(images, every=online)] if online and images.labels is not None else []
+    except ValueError as e: judge = warnings.warn(f'no nearest neighbours while it trains: {e}') or []
     return [Checkpoints(out/'checkpoints', every, config=same), History(out/'history.csv'), *judge, *loggers(log, out, learn, s)]
 
 # %% ../nbs/10_cli.ipynb #4f72a159
 def train_run(learn, out:Path, s:dict, cbs:list)->dict: # for report.json
     "Pretrain, and save what came of it."
     alone = not _rank()
-    if alone: save_figure(learn.show_pairs(), out/'figures'/'pairs.png')
+    if alone and not (out/'figures'/'pairs.png').exists(): save_figure(learn.show_pairs(), out/'figures'/'pairs.png')
     began = time.perf_counter()
     learn.pretrain(s['epochs'], s['bs'], s['lr'], s['rule'], s['warmup'], cbs=cbs)
     seconds, steps = time.perf_counter() - began, learn.train_iter - cbs[0].resumed_at
@@ -201,7 +203,8 @@ def pretrain_run(s:dict, out:Path, overwrite:bool, every:int, online:int, log, *
     with learn.distrib_ctx():
         learn.set_batch_size(s['bs'])
         config = describe(learn, s)
-        anew = overwrite and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
+        restarted = anywhere(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')      # on any machine
+        anew = overwrite and not restarted
         if not anew and complete(out, config): return say(f'{out} is complete: there is nothing to do')
         anywhere(False)                                    # nobody deletes what somebody still looks at
         if anew and not _rank(): clear_run(out)
@@ -248,14 +251,16 @@ def pretrain(
     with plain_errors():
         given = {k: v for k, v in locals().items() if k in defaults}
         s = settings_for(recipe, given)
-        if dry_run: return print(*(f'{k:28}{v!s:>14}' for k, v in (s | forecast(s, devices or max(1, num_distrib()), checkpoint)).items()), sep='\n')
         check_settings(s, memory_format)
+        if source: s['images'] = None                      # the recipe knows how many its own set has
+        if dry_run: return print(*(f'{k:28}{v!s:>14}' for k, v in (s | forecast(s, devices or max(1, num_distrib()), checkpoint)).items()), sep='\n')
+        if s['source'] is None: raise ValueError('this recipe does not say where its images are: give a folder')
         with process_group():
             pretrain_run(s, run_folder(out, s['source']), overwrite, every, online, log, workers=workers, compile=compile, checkpoint=checkpoint, memory_format=memory_format)
 
 def check_settings(s:dict, memory_format):
     "A `ValueError` for words that are none of the choices."
-    if s['source'] is None: raise ValueError(f'say which images to train on: a folder, or one of {", ".join(sources)}')
+    if s['source'] is None and not s['images']: raise ValueError(f'say which images to train on: a folder, or one of {", ".join(sources)}')
     for k, choices in dict(precision=('fp32', 'bf16', 'fp16'), augment=(None, 'imagenet', *sources)).items():
         if s[k] not in choices: raise ValueError(f'{k} cannot be {s[k]!r}; there are {", ".join(filter(None, choices))}')
     if memory_format not in (None, 'channels_last', 'contiguous_format'): raise ValueError(f'memory_format cannot be {memory_format!r}; there are channels_last and contiguous_format')
@@ -357,7 +362,7 @@ class Judge:
 @patch
 def linear(self:Judge, name, some, seed):
     "Trained on crops, as in appendix B.6."
-    epochs = self.linear_epochs or (30 if self.small else 90)
+    epochs = self.linear_epochs or (90 if not self.small else 30 if len(some) < .5*len(self.train) else 10)
     return linear_evaluation(self.encoders[name], self.train.subset(some), self.test, self.size, epochs, self.batch(some), .1 if self.small else None, seed=seed, **self.how)
 @patch
 def finetune(self:Judge, name, some, seed):
@@ -505,12 +510,13 @@ def remarks(facts:dict)->list: # of sentences
     "What a reader of the table has to know."
     on = facts['evaluated_on']
     out = [f"{on['train']:,} training and {on['test']:,} held-out images, {len(on['classes'])} classes; nearest neighbours: {on['k']}; layer {on['layer']}. "
-        f"“± ” is the standard deviation over seeds {', '.join(map(str, on['seeds']))}. “~”: not clearly different from simclr (permutation test, p > 0.05)."]
+        + f"± is the standard deviation over {len(on['seeds'])} seeds. "*(len(on['seeds']) > 1) + '~ marks what is not clearly different from simclr (permutation test, p > 0.05).']
     if on['left_out']: out.append(f"{len(on['left_out'])} files could not be read and were left out: {', '.join(on['left_out'][:10])}")
     if on['test_seen_in_pretraining']: out.append(f"Pretraining has seen {on['test_seen_in_pretraining']} of the {on['test']} test images, without their labels.")
     if on['leaks'] is None: out.append('Whether test images are among the training images was not looked for (--leaks).')
     elif on['leaks']: out.append(f"WARNING: {len({b for _, b, _ in on['leaks']})} test images are among the training images: " + ', '.join(f'{Path(b).name} is {Path(a).name} ({how})' for a, b, how in on['leaks'][:10]))
-    return out + [f'Left out: {what}: {why}' for what, why in facts['not_asked'].items()]
+    whys = {why: [what for what, w in facts['not_asked'].items() if w == why] for why in facts['not_asked'].values()}
+    return out + [f'Left out: {"; ".join(what)}. {why}' for why, what in whys.items()]
 
 # %% ../nbs/10_cli.ipynb #1ca38d9f
 def numbers(text:str, kind, name:str, fits)->list:
@@ -537,8 +543,8 @@ def evaluate(
     layer:str='h', # h, or z: behind the projection head
     k:int=20, # neighbours that vote
     crop:float=1., # share of a test image's shorter side to keep; .875 for ImageNet
-    linear_epochs:int=None, # of --protocol linear; 90 if not given, 30 for fewer than 10,000 images
-    finetune_epochs:int=None, # of --protocol finetune; 60 up to 5% of the labels, else 30 if not given, 10 for all of fewer than 10,000 images
+    linear_epochs:int=None, # of --protocol linear; 90 if not given; fewer than 10,000 images: 30, or 10 for half of the labels and more
+    finetune_epochs:int=None, # of --protocol finetune; 60 up to 5% of the labels, else 30 if not given; fewer than 10,000 images: 10 for half of the labels and more
     leaks:store_true=False, # look for test images among the training images even if there are more than 100,000
     workers:int=None, # processes that decode; one per core if not given
 ):

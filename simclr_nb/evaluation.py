@@ -28,7 +28,7 @@ from fastai.callback.core import Callback
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import no_random, rank_distrib, trainable_params
+from fastai.torch_core import no_random, trainable_params
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
@@ -40,6 +40,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchvision import datasets
 from .augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from .data import BadImage, ImageSet, folder_images, hold_out, keyed_rng, open_image, pair_loaders, still_loader, worker_count
+from .distributed import _rank
 from .encoder import _evaluating, _unwrap, build_encoder, feature_dim
 from .lars import peak_lr
 from .learner import Guard, OneView, RateByStep
@@ -592,7 +593,7 @@ class OnlineNeighbours(Callback):
         self.every, self.k, self.crop, self.num_workers, self.accuracy, self.accuracies = every, k, crop, num_workers, None, {}
     def after_epoch(self):
         done = self.epoch + 1
-        if rank_distrib() or (done % self.every and done < self.n_epoch): return
+        if _rank() or (done % self.every and done < self.n_epoch): return
         encoder, size = _unwrap(self.model).encoder, self.learn.two_views.augment.size
         with no_random():                                # the loaders draw a seed each
             (h, i), (q, j) = (embed(encoder, s, size, self.crop, num_workers=self.num_workers) for s in (self.bank, self.queries))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from .augmentations import Augmentation, augmentations_for, cut_views, make_views
 from .data import ImageSet, PairLoader, check_batch, load_images, pair_loaders
-from .distributed import Distributed, _rank, _world, checkpoint_activations, gather_rows, gather_views, process_group
+from .distributed import Distributed, _rank, _world, checkpoint_activations, everybodys, gather_rows, gather_views, process_group
 from .encoder import build_encoder, save_encoder as encoder_file
 from .lars import LARS, learning_rate, param_groups, peak_lr, warmup_steps
 from .ntxent import alignment, contrastive_accuracy, contrastive_entropy, nt_xent, positives, uniformity
@@ -61,6 +61,7 @@ class TwoViews(Callback):
     def before_epoch(self):
         dl, self.seen = self.dls.train, 0
         dl.start, dl.epoch = self.epochs_done - self.epoch, self.epoch
+        if isinstance(dl, PairLoader): dl.fake_l.generator = torch.Generator()      # else each start of the workers would draw from the generator of dropout
     def views(self, x, *rows, first=0):
         "Both views of crops and their rows, or of whole images, of which the first has index `first` in the epoch."
         if x.ndim == 5: return make_views(self.augment, x, *rows)
@@ -89,7 +90,9 @@ class Guard(Callback):
     def before_step(self):
         self.grad_norm = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])).norm()
         scaler = getattr(self.learn, 'scaler', None)
-        if scaler and scaler.is_enabled(): self.grad_norm /= scaler.get_scale()
+        if scaler and scaler.is_enabled():
+            if scaler.get_scale() < 2**-10: raise FloatingPointError('the gradient is not finite in float16, however small its scale: take bf16 or full precision')
+            self.grad_norm /= scaler.get_scale()
         elif not self.grad_norm.isfinite():
             raise FloatingPointError(f'the gradient is not finite at step {self.train_iter} (epoch {self.epoch}): '
                 'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
@@ -98,7 +101,9 @@ class Guard(Callback):
     def before_train(self): self.seen_any = False
     def after_batch(self): self.seen_any = True
     def after_fit(self):
-        if self.left_out(): warnings.warn(self.left_out_message())
+        if (seen := getattr(self.dls.train.dataset, 'unreadable', None)) is not None:
+            for others in everybodys(seen.clone()): seen |= others               # each process has met some of them
+        if self.left_out() and not _rank(): warnings.warn(self.left_out_message())
     def left_out(self):
         "Files of the training set that could not be read."
         return getattr(self.dls.train.dataset, 'left_out', list)()
@@ -146,9 +151,18 @@ class SimCLRLearner(Learner):
     def to_bf16(self): return self.add_cb(Precision('bf16'))
     def to_fp16(self, **kwargs): return self.add_cb(Precision('fp16', **kwargs))
     @contextmanager
+    def on_own_device(self):
+        "One GPU for each process; the loaders may have been made before it was known."
+        before = self.dls.device
+        shared = _world() > 1 and torch.device(before or 'cpu').type == 'cuda'
+        if shared: self.dls.to(torch.device('cuda', torch.cuda.current_device()))
+        try: yield
+        finally:
+            if shared: self.dls.to(before)
+    @contextmanager
     def distrib_ctx(self):
         "Train with all processes that a launcher started; alone, nothing changes."
-        with process_group(), self.no_bar() if _rank() else nullcontext(), self.added_cbs([Distributed()] if _world() > 1 else []):
+        with process_group(), self.on_own_device(), self.no_bar() if _rank() else nullcontext(), self.added_cbs([Distributed()] if _world() > 1 else []):
             try: yield self
             finally:
                 if isinstance(self.model, DistributedDataParallel): self.distributed.after_fit()        # an error left it wrapped
@@ -233,8 +247,9 @@ def show_pairs(self:Learner,
 
 @patch
 def one_views(self:Learner)->Tensor: # (2B, 3, size, size)
-    "The views of one training batch."
-    batch = self.dls.train.one_batch()
+    "The views of the first images of an epoch, 16 at most."
+    few = self.dls.train.new(bs=min(16, self.dls.train.bs))
+    batch = few.one_batch()
     if batch is None: raise ValueError(self.guard.no_batch_message())
     return self.two_views.views(*(batch[:2] if batch[0].ndim == 5 else batch[:1]))
 
@@ -254,7 +269,7 @@ def plan_run(
 )->tuple: # steps, steps of warm-up, peak learning rate
     "What `pretrain` would do."
     total, warm = -(-epochs*images//bs), warmup_steps(images, bs, min(10, epochs/10) if warmup is None else warmup)
-    return total, min(warm, total), peak_lr(bs, rule) if lr is None else lr
+    return total, min(warm, total), float(peak_lr(bs, rule) if lr is None else lr)
 
 # %% ../nbs/07_learner.ipynb #fb3b1da2
 @patch

@@ -1,9 +1,9 @@
-"A frozen encoder stays as it was, bit for bit, whatever mode it comes in."
-import pytest, torch
+"A frozen encoder stays as it was, bit for bit, whatever mode it comes in; every logistic regression reaches its optimum."
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
 from simclr_nb.data import load_images
-from simclr_nb.evaluation import embed
+from simclr_nb.evaluation import _loss_grad, embed, logistic_path
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -16,3 +16,67 @@ def test_no_parameter_and_no_running_statistic_moves(training):
     torch.testing.assert_close(a, b, rtol=0, atol=0)               # dropout is off
     assert not a.requires_grad and [m.training for m in net.modules()] == modes
     for k, v in net.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
+
+
+def newton(h, y, lam, w):
+    "The optimum by Newton's method with the whole Hessian, damped, in double precision; and a function for the loss of (W, b)."
+    n, d, C = len(h), h.shape[1], int(y.max()) + 1
+    x = torch.cat([h.double(), torch.ones(n, 1, dtype=torch.float64)], 1)
+    pull = torch.full((d + 1, 1), lam, dtype=torch.float64)
+    pull[-1] = 0
+    def loss(v): return w @ F.cross_entropy(x @ v, y, reduction='none') + (pull*v*v).sum()/2
+    v = torch.zeros(d + 1, C, dtype=torch.float64)
+    for _ in range(100):
+        p, f = (x @ v).softmax(1), loss(v)
+        g = x.T @ (w[:, None]*(p - F.one_hot(y))) + pull*v
+        H = torch.diag((pull + torch.zeros_like(v)).flatten()).view(d + 1, C, d + 1, C)
+        for a in range(C):
+            for b in range(C): H[:, a, :, b] += x.T @ ((w*p[:, a]*(float(a == b) - p[:, b]))[:, None]*x)
+        step = -(torch.linalg.pinv(H.view(v.numel(), -1), rtol=1e-14, hermitian=True) @ g.flatten()).view_as(v)
+        left, t = -float((g*step).sum())/2, 1.
+        if left < 1e-9*f: return float(f), lambda W, b: float(loss(torch.cat([W, b[None]]).double()))
+        while loss(v + t*step) > f - 1e-4*t*left and t > 1e-9: t /= 2
+        v = v + t*step
+    raise AssertionError(f'Newton has not arrived: {left/f}')
+
+
+def problem(kind):
+    g = torch.Generator().manual_seed(1)
+    y = torch.arange(400) % 4
+    h = torch.randn(400, 30, generator=g) + torch.randn(4, 30, generator=g)[y]*dict(separable=2., wide=.3).get(kind, .15)
+    if kind == 'wide': h = torch.cat([h[:60], torch.randn(60, 50, generator=g)], 1)       # more features than images
+    if kind == 'dead': h = torch.cat([h.relu(), torch.zeros(400, 10), h[:, :5]], 1)        # constant features, and copies
+    if kind == 'spread': h = h*torch.logspace(-2, 2, 30)
+    return h, y[:len(h)]
+
+
+@pytest.mark.parametrize('kind', ['overlapping', 'separable', 'wide', 'dead', 'spread'])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_every_penalty_reaches_its_optimum(kind, weighted):
+    h, y = problem(kind)
+    weight = torch.linspace(.1, 2, len(h), dtype=torch.float64) if weighted else torch.ones(len(h), dtype=torch.float64)
+    path = logistic_path(h, y, [1e-6, 1e-3, 1., 1e5], weight)
+    for W, b, lam in zip(path.weights, path.bias, path.strengths.tolist()):
+        best, loss = newton(h, y, lam, weight/weight.sum())
+        assert -1e-7 < loss(W, b)/best - 1 < 1e-5, (lam, loss(W, b)/best - 1)
+
+
+def test_single_precision_features_give_the_same_classifiers():
+    h, y = problem('separable')
+    a, b = logistic_path(h, y), logistic_path(h.double(), y)
+    assert a.weights.dtype == torch.float32 and b.weights.dtype == torch.float64
+    torch.testing.assert_close(a.losses, b.losses, rtol=1e-5, atol=0)
+    assert float(b.losses.min()) < 1e-4                                        # so small that 1 - p is lost in single precision
+    same = ((h @ a.weights + a.bias[:, None]).argmax(2) == (h.double() @ b.weights + b.bias[:, None]).argmax(2)).float().mean()
+    assert same > .999
+
+
+def test_gradient_and_curvature_are_those_of_autograd():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 7, generator=g, dtype=torch.float64), torch.arange(50) % 3
+    x[:, -1] = 1
+    w, lam = torch.rand(50, generator=g, dtype=torch.float64), torch.tensor([.1, 2.], dtype=torch.float64)
+    W = torch.randn(2, 3, 7, generator=g, dtype=torch.float64).requires_grad_()
+    f = torch.stack([w @ F.cross_entropy(x @ V.T, y, reduction='none') + l/2*V[:, :-1].square().sum() for V, l in zip(W, lam)])
+    p = (x @ W.mT).softmax(2).detach()
+    for ours, want in zip(_loss_grad(x, y, w, W.detach(), lam), (f.detach(), torch.autograd.grad(f.sum(), W)[0], w @ (p*(1 - p)))): torch.testing.assert_close(ours, want)
