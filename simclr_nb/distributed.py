@@ -229,7 +229,10 @@ def process_group():
         if gpu and local >= torch.cuda.device_count(): raise ValueError(f'process {local} of this machine has no GPU of its own (there are {torch.cuda.device_count()}): '
             'start as many processes as there are GPUs, or train on the CPU with CUDA_VISIBLE_DEVICES=""')
         if gpu: torch.cuda.set_device(local)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
+        store, rank, world = next(dist.rendezvous('env://'))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world):        # after a restart, gloo must not read the addresses of the dead
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', store=store, rank=rank, world_size=world)
     try: yield
     finally:
         if joining: dist.destroy_process_group()
