@@ -21,7 +21,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)   # not the user's business
 
 # %% ../nbs/10_cli.ipynb #d985e5c0
-import inspect, json, os, platform, shutil, sys, time
+import json, os, platform, shutil, sys, time
 from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.resources import files
@@ -87,13 +87,14 @@ def read_recipe(
     name:str, # of a file in simclr_nb/recipes, or the path of another
 )->dict: # settings by name
     "The settings in a recipe."
-    path, known = Path(name) if name.endswith('.ini') else _recipes/f'{name}.ini', inspect.signature(pretrain).parameters
+    path = Path(name) if name.endswith('.ini') else _recipes/f'{name}.ini'
     if not path.is_file(): raise FileNotFoundError(f'there is no recipe {name}; there are {", ".join(sorted(f.stem for f in _recipes.glob("*.ini")))}, or give the path of an .ini file')
     file = ConfigParser(interpolation=None)
     file.read(path, encoding='utf-8')
     if not file.has_section('pretrain'): raise ValueError(f'{path} is no recipe: it has no section [pretrain]')
     if unknown := set(file['pretrain']) - {*defaults, 'images'}: raise ValueError(f'{path}: there is no setting {", ".join(sorted(unknown))}; there are {", ".join(defaults)}')
-    return {k: (int if k == 'images' else known[k].annotation)(v) for k, v in file['pretrain'].items()}
+    whole, real = ('epochs', 'size', 'bs', 'dim', 'seed', 'micro_batch', 'images'), ('lr', 'warmup', 'temperature')
+    return {k: int(v) if k in whole else float(v) if k in real else v for k, v in file['pretrain'].items()}
 
 def settings_for(recipe:str|None, given:dict)->dict:
     "What is given, else what the recipe says, else the default."
