@@ -113,8 +113,8 @@ def test_mixed_precision_and_its_scaler():
     pieces = pretrained(OnCPU(1024.), CachedGradients(4), watch, encoder=Encoder(torch.float32))
     assert watch.seen == [torch.bfloat16]*len(watch.seen) and len(watch.seen) == 6*4*2      # steps, pieces, passes: both under autocast
     moved = torch.cat([(v - w).flatten() for v, w in zip(weights(full).values(), Encoder(torch.float32).state_dict().values())]).norm()
-    off = torch.cat([(v - w).flatten() for v, w in zip(weights(pieces).values(), weights(whole).values())]).norm()
-    assert off < .05*moved, (off, moved)
+    off, rounding = (torch.cat([(v - w).flatten() for v, w in zip(weights(other).values(), weights(whole).values())]).norm() for other in (pieces, full))
+    assert off < .1*moved and off < 1.5*rounding, (off, rounding, moved)           # pieces differ from the whole no more than bfloat16 from float32
 
 
 def test_a_step_that_overflows_is_skipped():

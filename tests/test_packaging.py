@@ -53,10 +53,12 @@ def python(env, code, tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'VIRTUAL_ENV'))}
     return run(env/'bin/python', '-c', code, cwd=tmp_path, env=clean).strip()
 
+recipes = 'imagenet', 'imagenet-sqrt', 'cifar10', 'solar_cells', 'imagenette'
+
 def test_wheel_holds_the_package_only(wheel):
     tops = {name.split('/')[0] for name in contents(wheel)}
     assert tops == {'simclr_nb', f'simclr_nb-{version}.dist-info'}
-    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} | {'simclr_nb/map.html'} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
+    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} | {'simclr_nb/map.html'} | {f'simclr_nb/recipes/{name}.ini' for name in recipes} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
     assert any(name.endswith('licenses/LICENSE') for name in contents(wheel))
 
 def test_metadata_is_what_settings_say(wheel):
