@@ -256,7 +256,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'simclr_nb.checkpoints._torchvision_name': ( 'checkpoints.html#_torchvision_name',
                                                                                     'simclr_nb/checkpoints.py'),
                                        'simclr_nb.checkpoints._varint': ('checkpoints.html#_varint', 'simclr_nb/checkpoints.py'),
-                                       'simclr_nb.checkpoints.bare': ('checkpoints.html#bare', 'simclr_nb/checkpoints.py'),
                                        'simclr_nb.checkpoints.center_crop': ('checkpoints.html#center_crop', 'simclr_nb/checkpoints.py'),
                                        'simclr_nb.checkpoints.convert': ('checkpoints.html#convert', 'simclr_nb/checkpoints.py'),
                                        'simclr_nb.checkpoints.export_onnx': ('checkpoints.html#export_onnx', 'simclr_nb/checkpoints.py'),

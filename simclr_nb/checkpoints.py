@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadCheckpoint', 'Entry', 'read_index', 'official_names', 'Official', 'load_official', 'center_crop', 'OfficialEval',
            'preprocess', 'torchvision_state', 'export_onnx', 'write_hub', 'convert', 'write_whole', 'save_state',
-           'load_state', 'saved_states', 'last_state', 'Checkpoints', 'bare']
+           'load_state', 'saved_states', 'last_state', 'Checkpoints']
 
 # %% ../nbs/09_checkpoints.ipynb #17d95d00
 import io, json, math, os, platform, re, signal, threading, time, warnings, zlib
@@ -17,11 +17,10 @@ from PIL import Image, ImageOps
 from fastai.basics import patch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from . import __version__
 from .data import PairLoader, _to_rgb, pixels
 from .distributed import _rank, anywhere, everybodys
-from .encoder import _evaluating, _write, encoder_config, load_encoder, resnet, save_encoder
+from .encoder import _evaluating, _unwrap, _write, encoder_config, load_encoder, resnet, save_encoder
 from .projection import projection_head
 
 # %% ../nbs/09_checkpoints.ipynb #1e5218a0
@@ -568,15 +567,11 @@ def belongs_to(self:Checkpoints)->dict:
 @patch
 def state(self:Checkpoints)->dict:
     "All that the next step depends on."
-    model, scaler = bare(self.model), getattr(self.learn, 'scaler', None)
+    model, scaler = _unwrap(self.model), getattr(self.learn, 'scaler', None)
     return dict(step=self.train_iter, start=self.dls.train.start, model=model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
         unreadable=self.dls.train.dataset.unreadable.clone(), rng=everybodys([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
         callbacks={cb.name: cb.state_dict() for cb in self.cbs if hasattr(type(cb), 'state_dict')},
         config=self.belongs_to(), versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
-
-def bare(model):
-    "The network itself, without what several processes put around it."
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 # %% ../nbs/09_checkpoints.ipynb #9b93952f
 @patch
@@ -586,7 +581,7 @@ def restore(self:Checkpoints, state:dict, path:Path):
     for k in [*is_now, *(state['config'].keys() - is_now.keys())]:
         if (was := state['config'].get(k)) != is_now.get(k):
             raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {is_now.get(k)} now. Give the same settings to go on, or another folder to begin')
-    bare(self.model).load_state_dict(state['model'])
+    _unwrap(self.model).load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     self.dls.train.dataset.unreadable |= state['unreadable']
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])

@@ -39,7 +39,7 @@ from .data import BadImage, load_images, sources, train_test
 from .distributed import CachedGradients, _rank, anywhere, bytes_per_step, checkpoint_activations, memory_per_device, process_group
 from .encoder import build_encoder, encoder_config, load_encoder
 from .evaluation import OnlineNeighbours
-from .learner import History, Measures, SimCLR, plan_run, read_history, simclr_learner, sizes
+from .learner import History, SimCLR, plan_run, read_history, simclr_learner, sizes
 from .projection import projection_head, save_head
 
 # %% ../nbs/10_cli.ipynb #ab3d2af0
