@@ -13,10 +13,10 @@ __all__ = ['metrics', 'penalties', 'LogisticPath', 'protocol_names', 'colors', '
            'plot_confusion', 'plot_label_shares', 'nearest_others', 'html_map', 'singular_values', 'effective_rank',
            'plot_spectrum', 'knows_transformation', 'plot_alignment_uniformity']
 
-# %% ../nbs/08_evaluation.ipynb #1d4ba413
+# %% ../nbs/08_evaluation.ipynb #300bc06a
 import base64, copy, hashlib, html, io, json, math, os, warnings
 from collections import defaultdict, namedtuple
-from functools import partial
+from functools import partial, reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -844,7 +844,24 @@ def transfer_linear(
 pretrained_grid = dict(lr=np.logspace(-4, -1, 7), wd=[0., *np.logspace(-6, -3, 7)], steps=20_000)
 random_grid = dict(lr=np.logspace(-3, 0, 7), wd=np.logspace(-5, -1.5, 8), steps=40_000)
 
-# %% ../nbs/08_evaluation.ipynb #ed9ec04c
+# %% ../nbs/08_evaluation.ipynb #629a92e4
+def _asked(folder, name, facts, run):
+    "What `run` answers, kept in the folder; from there, where it has been asked before."
+    if folder is None: return run()
+    file = Path(folder)/f'{name}-{_digest([repr(facts).encode()])[:12]}.npz'
+    if not file.exists():
+        answer = run()
+        arrays = {k: v for k, v in answer.items() if isinstance(v, np.ndarray)}
+        rest = {k: v for k, v in answer.items() if k not in arrays} | dict(tried=list(answer['tried'].items()))
+        np.savez(data := io.BytesIO(), **arrays, rest=json.dumps(rest))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix('.part').write_bytes(data.getvalue())
+        os.replace(file.with_suffix('.part'), file)
+    with np.load(file) as got: out = dict(got)
+    rest, plain = json.loads(str(out.pop('rest'))), lambda o: tuple(o) if isinstance(o, list) else o
+    return out | rest | dict(chosen=plain(rest['chosen']), tried={plain(o): v for o, v in rest['tried']})
+
+# %% ../nbs/08_evaluation.ipynb #aa79320a
 def transfer(
     encoders:dict, # name to encoder; 'random' takes `random_grid`
     root:str|Path, # where the sets are
@@ -855,15 +872,23 @@ def transfer(
     crop:float=.875, # of the test images of 'finetuned'; 'linear' takes them whole
     linear:dict|None=None, # other arguments of `transfer_linear`
     seed:int=0, num_workers:int|None=None,
+    keep:str|Path|None=None, # folder for answers, so that the same call goes on where it was interrupted
+    say=lambda text: None, # told of each answer
 )->dict: # protocol to set to encoder to answers; and 'left_out': set to reason
     "Table 8, of the sets that are on disk."
     found, left_out = find_transfer(root, names)
-    rest, grids = dict(seed=seed, num_workers=num_workers), {'random': random_grid} | (grids or {})
-    def ask(protocol, name, parts, who):
-        e, metric = encoders[who], transfer_sets[name].metric
-        if protocol == 'linear': return transfer_linear(e, parts, metric, size, **rest, **(linear or {}))
-        return finetune(e, parts['train'], parts['test'], size, val=parts['val'], metric=metric, crop=crop, **grids.get(who, pretrained_grid), **rest)
-    return {p: {n: {w: ask(p, n, parts, w) for w in encoders} for n, parts in found.items()} for p in protocols} | dict(left_out=left_out)
+    grids, out = {'random': random_grid} | (grids or {}), {p: {n: {} for n in found} for p in protocols}
+    how = {w: dict(linear=linear or {}, finetuned=dict(crop=crop) | grids.get(w, pretrained_grid)) for w in encoders}
+    for n, p, w in ((n, p, w) for n in found for p in protocols for w in encoders):
+        metric, args = transfer_sets[n].metric, how[w][p] | dict(seed=seed, num_workers=num_workers)
+        facts = [size, seed, how[w][p], _facts(encoders[w], reduce(joined, filter(None, found[n].values())), size, crop, None)]
+        out[p][n][w] = _asked(keep, f'{n}-{p}-{w}', facts, lambda: _transferred(p, encoders[w], found[n], metric, size, args))
+        say(f'{n}, {p}, {w}: {out[p][n][w][metric]:.1f} ({metric})')
+    return out | dict(left_out=left_out)
+
+def _transferred(protocol, encoder, parts, metric, size, args):
+    if protocol == 'linear': return transfer_linear(encoder, parts, metric, size, **args)
+    return finetune(encoder, parts['train'], parts['test'], size, val=parts['val'], metric=metric, **args)
 
 # %% ../nbs/08_evaluation.ipynb #9b36b74b
 def _swapped(y, a, b, metric, samples, rng):
