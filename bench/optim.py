@@ -4,7 +4,7 @@ import argparse, json, statistics, time
 import lightly, torch
 from lightly.utils.lars import LARS as LightlyLARS
 from simclr_nb.encoder import build_encoder
-from simclr_nb.lars import LARS, excluded, param_groups
+from simclr_nb.lars import LARS, no_decay, param_groups
 from simclr_nb.projection import projection_head
 from torch import nn
 
@@ -72,5 +72,5 @@ if __name__ == '__main__':
     ms = milliseconds(optimisers, args.device, args.rounds)
     ps = list(models['ours'].parameters())
     print(json.dumps(dict(arch=args.arch, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, lightly=lightly.__version__,
-        tensors=len(ps), excluded=len(excluded(models['ours'])), numbers=sum(p.numel() for p in ps), rounds=args.rounds, ms=ms,
+        tensors=len(ps), no_decay=len(no_decay(models['ours'])), numbers=sum(p.numel() for p in ps), rounds=args.rounds, ms=ms,
         first_step_apart=difference, ratio_time_lightly=round(ms['lightly']/ms['ours'], 3)), indent=1))

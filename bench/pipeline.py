@@ -17,7 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 from simclr_nb.augmentations import ColorDistortion, RandomBlur, make_views, simclr_augmentations
-from simclr_nb.data import ImageSet, Pairs, keyed_rng, open_image, opened, pixels, cut_all
+from simclr_nb.data import ImageSet, TwoCropDataset, open_image, open_lazy, decode_crops
+from simclr_nb.augmentations import keyed_rng
+from simclr_nb.core import pixels
 
 
 def sample_images(folder, n=128, size=(500, 375)):
@@ -37,7 +39,7 @@ def small(size): return size <= 32
 
 def ours(files, size, bs, device):
     augment = simclr_augmentations(size, strength=.5 if small(size) else 1., blur=not small(size))
-    pairs = Pairs(ImageSet(files), augment)
+    pairs = TwoCropDataset(ImageSet(files), augment)
     def run():
         for i in range(0, len(files), bs):
             crops, rows, _ = zip(*[pairs[k] for k in range(i, min(i + bs, len(files)))])
@@ -83,16 +85,16 @@ def per_image(f, files, repeats):
 
 def stages(files, augment, repeats):
     "Milliseconds per image of each stage alone: two views where the stage works on views."
-    size, crops = augment.size, Pairs(ImageSet(files), augment)[0][0]
+    size, crops = augment.size, TwoCropDataset(ImageSet(files), augment)[0][0]
     views = [np.ascontiguousarray(c.permute(1, 2, 0).numpy()/np.float32(255)) for c in crops]
     def draw(i): return augment.draw_views((0, 0, i), 500, 375)
     def decode_and_cut(i):
-        with opened(files[i]) as im: cut_all(im, augment.draw_views((0, 0, i), *im.size)[0], size)
+        with open_lazy(files[i]) as im: decode_crops(im, augment.draw_views((0, 0, i), *im.size)[0], size)
     def of(kind):
         step = next((s for s in augment.steps if isinstance(s, kind)), None)
         if step is None: return None
         drawn = [step.params(keyed_rng(0, index=i)) for i in range(len(files))]
-        return per_image(lambda i: [step.on_array(v, drawn[i]) for v in views], files, repeats)
+        return per_image(lambda i: [step.apply_cv(v, drawn[i]) for v in views], files, repeats)
     return dict(draw=per_image(draw, files, repeats), decode=per_image(lambda i: pixels(open_image(files[i])), files, repeats),
         decode_draw_and_cut_two=per_image(decode_and_cut, files, repeats), colour_of_two=of(ColorDistortion), blur_of_two=of(RandomBlur))
 

@@ -21,18 +21,18 @@ def best_source():
 def real_features(source, n, m):
     "Features (n, 512) and classes of training images, and of m test images."
     import numpy as np, torch
-    from simclr_nb.data import train_test
+    from simclr_nb.data import train_test_splits
     from simclr_nb.encoder import build_encoder
-    from simclr_nb.evaluation import embed
+    from simclr_nb.features import extract_features
     place = Path(tempfile.gettempdir())/f'simclr_nb_probe_{os.getuid() if hasattr(os, "getuid") else 0}'
     file = place/f'{hashlib.blake2b(repr((source, n, m, torch.__version__)).encode(), digest_size=6).hexdigest()}.pt'
     if file.exists(): return torch.load(file)
     torch.manual_seed(0)
     encoder, rng = build_encoder('resnet18', 32, 'imagenet'), np.random.default_rng(0)
-    parts = [s.subset(rng.permutation(len(s))[:k].tolist()) for s, k in zip(train_test(source), (n, m))]
+    parts = [s.subset(rng.permutation(len(s))[:k].tolist()) for s, k in zip(train_test_splits(source), (n, m))]
     got = []
     for s in parts:
-        h, i = embed(encoder, s, 32)
+        h, i = extract_features(encoder, s, 32)
         got += [h, torch.as_tensor(s.labels[i.numpy()])]
     place.mkdir(exist_ok=True)
     torch.save(got, file)
@@ -73,7 +73,7 @@ def logistic(args):
     import numpy as np, sklearn, torch
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
-    from simclr_nb.evaluation import logistic_path
+    from simclr_nb.logistic import logistic_path
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads)                                                    # scikit-learn's
     h, y, ht, yt = real_features(args.data, args.n, args.queries)
@@ -125,7 +125,7 @@ def neighbours(name, args):
         bank, queries = F.normalize(bank, dim=1).T.contiguous(), F.normalize(queries, dim=1)       # not timed: a gift to lightly
         run = lambda q: torch.cat([knn_predict(b, bank, labels, 10, args.k, .1)[:, 0] for b in q.split(1024)])
     else:
-        from simclr_nb.evaluation import knn_predict
+        from simclr_nb.features import knn_predict
         run = lambda q: knn_predict(bank, labels, q, args.k, .1)
     run(queries[:64])
     before, peak = reset_peak()

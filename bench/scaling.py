@@ -13,8 +13,9 @@ warnings.simplefilter('ignore')
 import cv2, numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
 from pipeline import sample_images
 from simclr_nb.augmentations import make_views, simclr_augmentations
-from simclr_nb.data import ImageSet, Pairs
-from simclr_nb.distributed import bytes_per_step, gather_rows, global_batch_norm
+from simclr_nb.data import ImageSet, TwoCropDataset
+from simclr_nb.memory import bytes_per_step
+from simclr_nb.distributed import gather_rows, global_batch_norm
 from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.ntxent import nt_xent
@@ -46,7 +47,7 @@ def messages(model): return dict(gradients=1 + math.ceil(sum(4*p.numel() for p i
 def tasks(a, n, rank, world, folder):
     "The parts of a step with n images in this process, each alone, and the whole step."
     augment = simclr_augmentations(a.size)
-    pairs = Pairs(ImageSet(sorted(Path(folder).glob('*.jpg'))), augment)
+    pairs = TwoCropDataset(ImageSet(sorted(Path(folder).glob('*.jpg'))), augment)
     alone, shared = network(a.arch), DistributedDataParallel(global_batch_norm(network(a.arch)), broadcast_buffers=False)
     globally = global_batch_norm(network(a.arch))
     opts = {m: LARS(param_groups(m), lr=.1, weight_decay=1e-6) for m in (alone, shared)}

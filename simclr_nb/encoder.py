@@ -6,18 +6,17 @@
 __all__ = ['conv_bn', 'MaxPoolSame', 'Residual', 'basic_block', 'bottleneck', 'resnet', 'feature_dim', 'build_encoder',
            'save_encoder', 'encoder_config', 'load_encoder']
 
-# %% ../nbs/02_encoder.ipynb #aa8c1735
-import difflib, json, os, re
+# %% ../nbs/02_encoder.ipynb #2aea4e7e
+import difflib, json, re
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 
-import timm, torch, torch.nn.functional as F, torchvision
-from safetensors import safe_open, SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn, Tensor
-
+import torch.nn.functional as F, timm, torch, torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from . import __version__
+from .core import read_description, eval_mode, load_strict, save_tensors, unwrap
 
 # %% ../nbs/02_encoder.ipynb #83406662
 def conv_bn(
@@ -116,20 +115,12 @@ def resnet(
     return net
 
 # %% ../nbs/02_encoder.ipynb #227810ad
-@contextmanager
-def _evaluating(net):
-    "In eval mode for a while; then each submodule is as it was."
-    modes = [(m, m.training) for m in net.modules()]
-    try: yield net.eval()
-    finally:
-        for m, mode in modes: m.training = mode
-
 @torch.no_grad()
 def _probe(encoder, size):
     like = next(encoder.parameters(), torch.empty(0))
     x = torch.full((1, 3, size, size), .5, device=like.device, dtype=like.dtype)
     try:
-        with _evaluating(encoder), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []): return encoder(x)
+        with eval_mode(encoder), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []): return encoder(x)
     except Exception as e: raise ValueError(f'the encoder cannot take images of shape {tuple(x.shape)}: {e}') from e
 
 # %% ../nbs/02_encoder.ipynb #050adb82
@@ -210,27 +201,6 @@ def build_encoder(
     config = dict(arch=arch if isinstance(arch, str) else None, size=size, stem=None, feature_dim=feature_dim(encoder, size))
     return _described(encoder, _config(encoder) or config)
 
-# %% ../nbs/02_encoder.ipynb #0eaa5f21
-def _unwrap(encoder):
-    "Without DistributedDataParallel and torch.compile around it."
-    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
-    while isinstance(encoder, wrappers) or hasattr(encoder, '_orig_mod'):
-        encoder = encoder.module if isinstance(encoder, wrappers) else encoder._orig_mod
-    return encoder
-
-def _write(tensors, path, metadata):
-    "All of the file, or none of it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        temp.touch()
-        mode = temp.stat().st_mode # what the user's umask allows; save_file would make it private
-        save_file(tensors, temp, metadata)
-        temp.chmod(mode)
-        with open(temp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-
 # %% ../nbs/02_encoder.ipynb #fe2c5ce8
 _FORMAT = 1
 
@@ -243,48 +213,29 @@ def save_encoder(
     **config, # anything else to remember, in JSON's types: how to prepare images, say
 )->Path: # path
     "Write the weights, and what is needed to build the network again, to a safetensors file."
-    encoder, path = _unwrap(encoder), Path(path)
+    encoder = unwrap(encoder)
     given = {k: v for k,v in dict(arch=arch, size=size, stem=stem).items() if v is not None}
     config = dict(arch=None, size=224, stem=None) | _config(encoder) | config | given
     if not _config(encoder): config['feature_dim'] = feature_dim(encoder, config['size'])
-    metadata = dict(format='pt', simclr_nb=json.dumps(config | dict(format=_FORMAT, version=__version__)))
-    tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k,t in encoder.state_dict().items()}
-    _write(tensors, path, metadata)
-    return path
+    description = config | dict(format=_FORMAT, version=__version__)
+    return save_tensors(path, encoder.state_dict(), simclr_nb=description)
 
 # %% ../nbs/02_encoder.ipynb #7cfba4db
 def encoder_config(
     path:str|Path, # a file from `save_encoder`
 )->dict: # arch, size, stem, feature_dim, format, version, and what the writer added
     "The description in an encoder file, without its weights."
-    if not Path(path).is_file(): raise FileNotFoundError(f'there is no encoder file {path}')
-    try:
-        with safe_open(path, 'pt') as f: metadata = f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}') from e
-    if 'simclr_nb' not in metadata: raise ValueError(f'{path} holds tensors, but not the description that save_encoder writes: it cannot be known which network they are for')
-    return _understood(metadata['simclr_nb'], path)
+    config = read_description(path, 'simclr_nb', 'save_encoder')
+    return _understood(config, path)
 
-def _understood(text, path):
-    "The description as a dict, or what is wrong with it."
-    try: config = json.loads(text)
-    except ValueError as e: raise ValueError(f'the description in {path} is damaged: it is not JSON ({e})') from e
-    if not isinstance(config, dict) or not isinstance(config.get('format'), int): raise ValueError(f'the description in {path} is damaged: it names no format, a whole number')
+def _understood(config, path):
+    "The description, or what is wrong with it."
+    if not isinstance(config.get('format'), int): raise ValueError(f'the description in {path} is damaged: it names no format, a whole number')
     if config['format'] > _FORMAT: raise ValueError(f"{path} has format {config['format']}, from simclr_nb {config.get('version')}; this is {__version__}, which reads up to {_FORMAT}")
     types = dict(arch=str|None, size=int, stem=str|None, feature_dim=int)
     wrong = [k for k, t in types.items() if k not in config or not isinstance(config[k], t)]
     if wrong: raise ValueError(f'the description in {path} is damaged: {", ".join(wrong)} missing or of a wrong type')
     return config
-
-# %% ../nbs/02_encoder.ipynb #2b88a919
-def _fill(encoder, tensors, path):
-    "Load every tensor into its place, or say which do not fit."
-    want = encoder.state_dict()
-    wrong = {'missing': want.keys() - tensors.keys(), 'not in the network': tensors.keys() - want.keys(),
-             'of another shape': {k for k in want.keys() & tensors.keys() if want[k].shape != tensors[k].shape}}
-    names = lambda ks: ', '.join(sorted(ks)[:5]) + (f' and {len(ks)-5} more' if len(ks) > 5 else '')
-    if any(wrong.values()):
-        raise ValueError(f'{path} does not fit the network. ' + ' '.join(f'{len(ks)} {what}: {names(ks)}.' for what,ks in wrong.items() if ks))
-    encoder.load_state_dict(tensors)
 
 # %% ../nbs/02_encoder.ipynb #02955bb7
 def load_encoder(
@@ -297,5 +248,5 @@ def load_encoder(
         raise ValueError(f'{path} was saved from a module without a name: make that module, and call load_encoder(path, encoder=module)')
     if encoder is None:
         with torch.random.fork_rng(devices=[]): encoder = build_encoder(config['arch'], config['size'], config['stem'])
-    _fill(encoder, load_file(path), path)
+    load_strict(encoder, load_file(path), path)
     return _described(encoder, config).eval()

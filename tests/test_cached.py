@@ -10,9 +10,9 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from simclr_nb.augmentations import augmentations_for
+from simclr_nb.data import augmentations_for
 from simclr_nb.data import load_images
-from simclr_nb.distributed import CachedGradients, _InPieces, checkpoint_activations
+from simclr_nb.memory import CachedGradients, _InPieces, checkpoint_activations
 from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.learner import simclr_learner

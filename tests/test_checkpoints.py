@@ -10,10 +10,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 import tensor_bundle as tb
-from simclr_nb.checkpoints import (BadCheckpoint, Entry, _compare, _network, _table, center_crop, convert, export_onnx, load_official,
-    official_names, preprocess, read_index, torchvision_state)
+from simclr_nb.core import BadCheckpoint
+from simclr_nb.bundle import Entry, _table, read_index
+from simclr_nb.official import _compare, _network, center_crop, load_official, official_names, preprocess
+from simclr_nb.export import convert, export_onnx, torchvision_state
 from simclr_nb.encoder import MaxPoolSame, build_encoder, load_encoder, save_encoder
-from simclr_nb.projection import h_and_z
+from simclr_nb.projection? import h_and_z
 
 root = Path(__file__).resolve().parents[1]
 golden = Path(os.environ.get('SIMCLR_GOLDEN', root.parent/'shared'/'golden'))

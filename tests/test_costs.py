@@ -5,7 +5,8 @@ import pytest, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.distributed import Counted, activation_bytes, bytes_per_step, checkpoint_activations, gather_rows, global_batch_norm, memory_per_device
+from simclr_nb.memory import AllocationTracker, activation_bytes, bytes_per_step, checkpoint_activations, memory_per_device
+from simclr_nb.distributed import gather_rows, global_batch_norm
 from simclr_nb.encoder import build_encoder
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.projection import projection_head
@@ -79,7 +80,7 @@ def test_activations_are_counted_to_the_byte(arch, dtype):
 
 def real_peak(net, n):
     x = torch.rand(2*n, 3, SIZE, SIZE)
-    with Counted() as c: net(x).sum().backward()
+    with AllocationTracker() as c: net(x).sum().backward()
     return c.peak + x.nbytes
 
 

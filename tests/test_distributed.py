@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.distributed import CachedGradients, _batch_norm, checkpoint_activations, gather_rows, global_batch_norm
+from simclr_nb.memory import CachedGradients, checkpoint_activations
+from simclr_nb.distributed import _batch_norm, gather_rows, global_batch_norm
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.projection import projection_head

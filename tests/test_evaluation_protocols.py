@@ -12,7 +12,9 @@ from torchvision import datasets
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.data import ImageSet
 from simclr_nb.encoder import build_encoder
-from simclr_nb.evaluation import OnlineNeighbours, OnlineProbe, find_transfer, finetune, transfer_linear, transfer_parts, transfer_sets
+from simclr_nb.callbacks import OnlineNeighbours, OnlineProbe
+from simclr_nb.transfer import find_transfer, transfer_linear, transfer_parts, transfer_sets
+from simclr_nb.labels import finetune
 from simclr_nb.learner import simclr_learner
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}

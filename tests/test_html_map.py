@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np, pytest, torch
 from PIL import Image
-from simclr_nb.evaluation import html_map, nearest_others
+from simclr_nb.pictures import html_map, nearest_to_each
 
 evil = ['<b>&"', '</script><script>document.title = "broken"</script>', 'plain']
 browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
@@ -17,11 +17,11 @@ def page(tmp_path_factory):
     angle = torch.linspace(0, 6, 300)
     xy = torch.stack([angle.cos(), angle.sin()], 1)
     greys = [Image.new('RGB', (20, 30), (i*255//299,)*3) for i in range(300)]
-    return html_map(tmp_path_factory.mktemp('map')/'map.html', xy, greys, np.arange(300) % 3, evil, nearest_others(xy, 4), title='Greys & <i>angles</i>')
+    return html_map(tmp_path_factory.mktemp('map')/'map.html', xy, greys, np.arange(300) % 3, evil, nearest_to_each(xy, 4), title='Greys & <i>angles</i>')
 
 def data_of(text): return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 
-def opened(page, fragment='', script='', *flags):
+def open_lazy(page, fragment='', script='', *flags):
     "The page's DOM after its scripts, and one that the test adds, have run."
     page.with_name('tried.html').write_text(page.read_text() + f'<script>{script}</script>')
     command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
@@ -60,20 +60,20 @@ def test_ten_thousand_points_in_a_few_megabytes(tmp_path):
     textures = [Image.fromarray(np.uint8(127 + 60*np.sin(a*xx + b*yy)[..., None] + rng.normal(0, 12, (32, 32, 3)))) for a, b in rng.uniform(-25, 25, (100, 2))]
     path = html_map(tmp_path/'map.html', rng.normal(size=(10_000, 2)), [textures[i % 100] for i in range(10_000)], np.arange(10_000) % 10, list('abcdefghij'), rng.integers(0, 10_000, (10_000, 12)))
     assert path.stat().st_size < 16e6, f'{path.stat().st_size/1e6:.1f} MB'
-    if browser: assert '10,000 images' in opened(path, '#9999') and len(neighbours(opened(path, '#9999'))) == 12
+    if browser: assert '10,000 images' in open_lazy(path, '#9999') and len(neighbours(open_lazy(path, '#9999'))) == 12
 
 # In a browser
 
 @needs_browser
 def test_address_selects_and_shows_neighbours(page):
-    dom = opened(page, '#12')
+    dom = open_lazy(page, '#12')
     assert sorted(neighbours(dom)) == [(10, 'other'), (11, 'other'), (13, 'other'), (14, 'other')]
     assert '0 of the 4 nearest share its class' in dom and body(dom).count('✗') == 4
-    assert not neighbours(opened(page)) and not neighbours(opened(page, '#300'))
+    assert not neighbours(open_lazy(page)) and not neighbours(open_lazy(page, '#300'))
 
 @needs_browser
 def test_names_are_text(page):
-    dom = opened(page, '#12')
+    dom = open_lazy(page, '#12')
     assert '<title>Greys &amp; &lt;i&gt;angles&lt;/i&gt;</title>' in dom and '<h1 id="title">Greys &amp; &lt;i&gt;angles' in dom
     legend = re.search(r'<div id="legend">(.*?)</div>', dom, re.S)[1]
     assert [unescape(c) for c in re.findall(r'<span class="">(.*?)</span>', legend) or re.findall(r'<span>(.*?)</span>', legend)] == evil
@@ -98,12 +98,12 @@ def test_hover_click_keys_and_legend(page):
             key('Escape'); await wait(100); said.push(selected, $('selection').hidden, location.hash)
             ''' + say + '''
         })()'''
-    said = json.loads(unescape(re.search(r'data-said="(.*?)"', opened(page, '', script))[1]))
+    said = json.loads(unescape(re.search(r'data-said="(.*?)"', open_lazy(page, '', script))[1]))
     assert said == [40, False, 40, '#40', 1.5, True, 1, True, True, True, 50, 1, True, -1, True, '']
 
 @needs_browser
 def test_a_thumbnail_is_the_image(page):
     script = '''setTimeout(() => { const c = document.querySelector('#chosen canvas'); document.body.dataset.said = c.getContext('2d').getImageData(32, 32, 1, 1).data.join() }, 800)'''
     for i in (12, 280):
-        red, green, blue, alpha = map(int, re.search(r'data-said="(.*?)"', opened(page, f'#{i}', script))[1].split(','))
+        red, green, blue, alpha = map(int, re.search(r'data-said="(.*?)"', open_lazy(page, f'#{i}', script))[1].split(','))
         assert abs(red - i*255//299) < 6 and alpha == 255, (i, red)

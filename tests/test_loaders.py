@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, torch.multiprocessing as mp
 from PIL import Image
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data import folder_images, pair_loaders, still_loader
+from simclr_nb.data import folder_images, pair_loaders, eval_loader
 
 if __name__ == '__main__':
     mp.set_start_method('spawn')
@@ -18,8 +18,8 @@ if __name__ == '__main__':
     dls = pair_loaders(images, simclr_augmentations(32), bs=13, num_workers=1)
     seen = sorted(int(i) for _, _, idxs in dls.train for i in idxs)
     assert len(seen) == 13 and set(seen) == set(range(12)), seen      # an image takes the place of the broken one
-    assert [f.name for f in dls.train.dataset.left_out()] == ['broken.png']
-    assert sum(len(x) for x, _ in still_loader(images, 32, bs=5, num_workers=1)) == 12
+    assert [f.name for f in dls.train.dataset.unreadable_files()] == ['broken.png']
+    assert sum(len(x) for x, _ in eval_loader(images, 32, bs=5, num_workers=1)) == 12
     print('all seen')
 '''
 

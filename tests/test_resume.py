@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from simclr_nb import checkpoints, cli
-from simclr_nb.learner import History, read_history
+from simclr_nb.callbacks import History, read_history
 
 STEPS = 18
 settings = dict(arch='resnet18_0.125x', size=32, bs=16, epochs=6, lr=.1, workers=0, every=2)
@@ -209,7 +209,7 @@ def test_sigterm_saves_and_leaves(processes, images, place, straight):
 script = '''
 import os, signal, sys, torch
 from simclr_nb import cli
-from simclr_nb.learner import History
+from simclr_nb.callbacks import History
 torch.set_num_threads(1)
 written = History.after_batch
 def dies(self):

@@ -1,7 +1,8 @@
 "What an image's views are depends on seed, epoch and image alone: not on workers, batches, or an interruption."
 import numpy as np, pytest, torch
 from PIL import Image
-from simclr_nb.augmentations import broader_augmentations, cut_views, make_views, simclr_augmentations
+from simclr_nb.operations import broader_augmentations
+from simclr_nb.augmentations import cut_views, make_views, simclr_augmentations
 from simclr_nb.data import folder_images, pair_loaders
 
 IMAGES, SEED = 32, 3
