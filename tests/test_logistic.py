@@ -5,7 +5,7 @@ from simclr_nb.logistic import _loss_grad, logistic_path
 
 
 def newton(h, y, lam, w):
-    "The optimum by damped Newton's method with the whole Hessian, in double precision; and the loss, a function of (W, b)."
+    "The optimum by damped Newton's method with the whole Hessian, in double precision; and the loss as a function."
     n, d, C = len(h), h.shape[1], int(y.max()) + 1
     x = torch.cat([h.double(), torch.ones(n, 1, dtype=torch.float64)], 1)
     pull = torch.full((d + 1, 1), lam, dtype=torch.float64)
@@ -32,7 +32,7 @@ def problem(kind):
     apart = dict(separable=2., wide=.3).get(kind, .15)
     h = torch.randn(400, 30, generator=g) + torch.randn(4, 30, generator=g)[y]*apart
     if kind == 'wide': h = torch.cat([h[:60], torch.randn(60, 50, generator=g)], 1)       # more features than images
-    if kind == 'dead': h = torch.cat([h.relu(), torch.zeros(400, 10), h[:, :5]], 1)       # constant features, and copies
+    if kind == 'dead': h = torch.cat([h.relu(), torch.zeros(400, 10), h[:, :5]], 1)   # constant features, and copies
     if kind == 'spread': h = h*torch.logspace(-2, 2, 30)
     return h, y[:len(h)]
 
