@@ -517,6 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'simclr_nb.logistic.logistic_regression': ( 'logistic.html#logistic_regression',
                                                                                 'simclr_nb/logistic.py')},
             'simclr_nb.losses': { 'simclr_nb.losses._scores': ('losses.html#_scores', 'simclr_nb/losses.py'),
+                                  'simclr_nb.losses._semi_hard': ('losses.html#_semi_hard', 'simclr_nb/losses.py'),
                                   'simclr_nb.losses.margin_triplet': ('losses.html#margin_triplet', 'simclr_nb/losses.py'),
                                   'simclr_nb.losses.nt_logistic': ('losses.html#nt_logistic', 'simclr_nb/losses.py'),
                                   'simclr_nb.losses.sup_con': ('losses.html#sup_con', 'simclr_nb/losses.py')},
