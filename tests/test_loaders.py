@@ -15,7 +15,8 @@ if __name__ == '__main__':
     mp.set_start_method(sys.argv[2])
     folder = Path(sys.argv[1])
     for i in range(12):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder/f'{i:02}.png')
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder/f'{i:02}.png')
     (folder/'broken.png').write_text('not a picture')
     images = folder_images(folder)
     loader = train_loader(images, simclr_augmentations(32), batch_size=13, num_workers=1)

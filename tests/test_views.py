@@ -27,7 +27,8 @@ def views_of(images, augment, epoch=0, batch_size=8, num_workers=0, backwards=Fa
     loader, got = train_loader(images, augment, batch_size, SEED, num_workers), {}
     sampler = loader.batch_sampler
     sampler.step = sampler.steps(epoch) + skip//batch_size
-    if backwards: loader.batch_sampler.batch = lambda step: type(sampler).batch(sampler, IMAGES//batch_size - 1 - step)[::-1]
+    last = IMAGES//batch_size - 1
+    if backwards: sampler.batch = lambda step: type(sampler).batch(sampler, last - step)[::-1]
     for crops, params, idxs in loader:
         views = make_views(augment, crops, params, apply_cpu)
         got |= {int(i): views[[k, k + len(idxs)]] for k, i in enumerate(idxs)}
@@ -37,7 +38,10 @@ def views_of(images, augment, epoch=0, batch_size=8, num_workers=0, backwards=Fa
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
 
 
-@pytest.fixture(scope='module', params=[simclr_augmentations(40), broader_augmentations(40, p=.5)], ids=['paper', 'broader'])
+recipes = dict(paper=simclr_augmentations(40), broader=broader_augmentations(40, p=.5))
+
+
+@pytest.fixture(scope='module', params=recipes.values(), ids=recipes)
 def augment(request): return request.param
 
 
