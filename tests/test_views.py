@@ -38,7 +38,10 @@ def backwards(idxs): return lambda: idxs()[::-1]
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
 
 
-@pytest.fixture(scope='module', params=[simclr_augmentations(40), broader_augmentations(40, p=.5)], ids=['paper', 'broader'])
+RECIPES = dict(paper=simclr_augmentations(40), broader=broader_augmentations(40, p=.5))
+
+
+@pytest.fixture(scope='module', params=RECIPES.values(), ids=RECIPES)
 def augment(request): return request.param
 
 
@@ -109,7 +112,8 @@ class Whole(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_a_data_loader_of_torch_repeats_with_its_seed(images, num_workers):
-    loader = torch.utils.data.DataLoader(Whole(images, simclr_augmentations(40)), batch_size=8, num_workers=num_workers)
+    data = Whole(images, simclr_augmentations(40))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=num_workers)
     def run(seed):
         torch.manual_seed(seed)
         return torch.cat([torch.cat(views) for views in loader])
