@@ -41,6 +41,11 @@ def _loader(images, size, crop, batch_size, num_workers, transform):
     return DataLoader(_Transformed(images, transform), batch_size, collate_fn=_readable,
                       num_workers=default_workers(num_workers), generator=torch.Generator())
 
+def _joined(batches, n):
+    batches = list(batches)
+    if not batches: raise ValueError(f'none of the {n} images could be read')
+    return tuple(torch.cat(t) for t in zip(*batches))
+
 def _bar(batches):
     from fastprogress.fastprogress import progress_bar
     return progress_bar(batches, leave=False)
@@ -49,9 +54,10 @@ def _bar(batches):
 def _check_features(h):
     if isinstance(h, Tensor) and h.ndim == 2: return
     got = f'a tensor {tuple(h.shape)}' if isinstance(h, Tensor) else f'a {type(h).__name__}'
-    what = 'A SimCLR model returns (h, z): pass its encoder, model.encoder' if isinstance(h, tuple) else \
-        'Pool and flatten its output'
-    raise ValueError(f'an encoder turns images (B, 3, size, size) into features (B, d), this module returns {got}. {what}.')
+    advice = 'Pool and flatten its output.'
+    if isinstance(h, tuple): advice = 'A SimCLR model returns (h, z): pass its encoder, model.encoder.'
+    raise ValueError('an encoder turns images (B, 3, size, size) into features (B, d), '
+                     f'this module returns {got}. {advice}')
 
 @torch.no_grad()
 def _features(encoder, loader):
@@ -86,11 +92,6 @@ def extract_features(
         store = _Store(out, extraction_facts(encoder, images, size, crop, transform))
         return store.fill(images, batches)
     return _joined(batches(images), len(images))
-
-def _joined(batches, n):
-    batches = list(batches)
-    if not batches: raise ValueError(f'none of the {n} images could be read')
-    return tuple(torch.cat(t) for t in zip(*batches))
 
 # %% ../nbs/09_features.ipynb #16f247e7
 def _weights(encoder):
