@@ -283,6 +283,7 @@ def one_line_errors(
     except Exception as e:
         if traceback: raise
         text = str(e).split('\n\t')[-1]                        # fastai puts the callback's name before it
+        text = text.split(f'\n{type(e).__name__}: ')[-1]        # and a worker of a DataLoader its traceback
         if not isinstance(e, expected): text = f'{type(e).__name__}: {text} (--traceback shows where)'
         sys.exit('error: ' + ' '.join(text.split()))
 
