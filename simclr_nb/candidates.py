@@ -32,7 +32,8 @@ class Normalized(nn.Module):
     def __init__(self, net:nn.Module, mean:tuple, std:tuple):
         super().__init__()
         self.net = net
-        for name, numbers in dict(mean=mean, std=std).items(): self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1))
+        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(3, 1, 1))
     def forward(self, x): return self.net((x - self.mean)/self.std)
 
 # %% ../nbs/14d_candidates.ipynb #7f3a4204
@@ -58,13 +59,17 @@ def find_encoder(
 )->Found:
     "The encoder that a command names."
     path = Path(name)
-    if path.is_dir():
-        file = path/'encoder.safetensors'
-        if not file.is_file(): raise FileNotFoundError(f'there is no encoder file in {path}: a run writes it with its first checkpoint')
-        return Found(load_encoder(file), 'simclr', path.resolve().name, path)
-    if path.is_file(): return Found(load_encoder(path), 'simclr', path.resolve().parent.name if path.stem == 'encoder' else path.stem)
+    if path.is_dir(): return _of_run(path)
+    if path.is_file():
+        title = path.resolve().parent.name if path.stem == 'encoder' else path.stem
+        return Found(load_encoder(path), 'simclr', title)
     if path.suffix == '.safetensors': raise FileNotFoundError(f'there is no encoder file {path}')
     return timm_encoder(str(name))
+
+def _of_run(folder):
+    file = folder/'encoder.safetensors'
+    if file.is_file(): return Found(load_encoder(file), 'simclr', folder.resolve().name, folder)
+    raise FileNotFoundError(f'there is no encoder file in {folder}: a run writes it with its first checkpoint')
 
 def evaluation_folder(
     out:str|None, # as set
@@ -82,7 +87,8 @@ def head_of(
     "The projection head that a run has left."
     if run is None or not (run/'head.safetensors').is_file():
         where = 'it comes with the folder of a run' if run is None else f'there is no {run/"head.safetensors"}'
-        raise FileNotFoundError(f'--layer z needs the projection head, and {where}: pretrain to the end, or save one with save_head')
+        raise FileNotFoundError(f'--layer z needs the projection head, and {where}: '
+                                'pretrain to the end, or save one with save_head')
     return load_head(run/'head.safetensors')
 
 def untrained(

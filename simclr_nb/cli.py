@@ -131,7 +131,8 @@ def rate(text:str)->float: return checked('a rate', float(text), Annotated[float
 @dataclass(kw_only=True)
 class Input:
     encoder: Positional[str] # folder of a run, encoder file, or timm name such as timm/resnet50.a1_in1k
-    data: Positional[str] # labeled images: a folder with a subfolder for each class, or solar_cells, cifar10, imagenette
+    # labeled images: a folder with one subfolder for each class, or solar_cells, cifar10, imagenette
+    data: Positional[str]
     layer: Literal['h', 'z'] = 'h' # features: h, or z behind the projection head
     # fraction of a test image's shorter side to keep; None: 1, for timm its own
     crop: Annotated[AnyFloat, 'above 0'] = None

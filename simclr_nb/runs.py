@@ -45,7 +45,8 @@ def run_folder(
 # %% ../nbs/14c_runs.ipynb #4fff8618
 run_files = ['config.json', 'history.csv', 'encoder.safetensors', 'head.safetensors', 'checkpoints/step-*.pt',
     'report.json', 'report.md', 'transfer.json', 'transfer.md', 'transfer/*.npz', 'tensorboard/events.*']
-run_figures = ['pairs', 'history', 'scores', 'confusion', 'labels_*', 'neighbors', 'spectrum', 'map', 'alignment_uniformity']
+run_figures = ['pairs', 'history', 'scores', 'confusion', 'labels_*', 'neighbors', 'spectrum', 'map',
+    'alignment_uniformity']
 
 def files_of_run(out:Path)->list:
     "The files in a folder that our commands write."
@@ -61,7 +62,8 @@ def check_is_run(out:Path):
     "A `FileExistsError` where a folder holds files with our names and no config.json of a run."
     files = files_of_run(out)
     if files and 'simclr_nb' not in read_json(out/'config.json').get('versions', {}):
-        raise FileExistsError(f'{out} holds {files[0].name}, but no config.json of a run: choose another --out, or empty the folder yourself')
+        raise FileExistsError(f'{out} holds {files[0].name}, but no config.json of a run: choose another --out, '
+                              'or empty the folder yourself')
 
 # %% ../nbs/14c_runs.ipynb #5bde555b
 def clear_run(out:Path):
@@ -108,7 +110,8 @@ def check_machine(s):
         raise ValueError(f'--processes {s.processes} does not start processes, and the launcher started {n}: write\n'
             f'torchrun --nproc_per_node {s.processes} -m simclr_nb pretrain …')
     if s.batch_size % n:
-        raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: choose --batch-size among the multiples of {n}')
+        raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: '
+                         f'choose --batch-size among the multiples of {n}')
     if s.log and not find_spec(s.log):
         raise ImportError(f"--log {s.log} needs another package: pip install 'simclr_nb[log]'")
 
@@ -161,8 +164,8 @@ def make_learner(
     "The learner of some settings."
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, s.arch, augment=augment, head=s.head, projection_dim=s.projection_dim,
-        temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers, micro_batch=s.micro_batch,
-        grad_checkpoint=s.grad_checkpoint, memory_format=getattr(torch, s.memory_format))
+        temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
+        micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
     if s.compile: learn.encoder.compile()
@@ -178,9 +181,11 @@ def run_config(
     "The settings of a run, what follows from them, and the versions it runs with."
     source = str(Path(s.source).resolve()) if Path(s.source).is_dir() else s.source
     plan = schedule_plan(len(images), s.batch_size, s.epochs, s.lr, s.lr_scaling, s.warmup_epochs)
-    versions = dict(simclr_nb=__version__, torch=str(torch.__version__), fastai=fastai.__version__, python=platform.python_version())
-    return defining | dict(source=source, images=len(images), negatives=2*(s.batch_size - 1), steps=plan.steps, warmup_steps=plan.warmup,
-        peak_lr=plan.lr, feature_dim=encoder_info(learn.encoder)['feature_dim'], versions=versions)
+    versions = dict(simclr_nb=__version__, torch=str(torch.__version__), fastai=fastai.__version__,
+        python=platform.python_version())
+    return defining | dict(source=source, images=len(images), negatives=2*(s.batch_size - 1), steps=plan.steps,
+        warmup_steps=plan.warmup, peak_lr=plan.lr, feature_dim=encoder_info(learn.encoder)['feature_dim'],
+        versions=versions)
 
 # %% ../nbs/14c_runs.ipynb #f049b07c
 def make_logger(s, out:Path, learn, config:dict)->list:
@@ -192,7 +197,7 @@ def make_logger(s, out:Path, learn, config:dict)->list:
     import wandb
     from fastai.callback.wandb import WandbCallback
     wandb.init(project='simclr_nb', name=out.name, dir=out, config=config)
-    learn.gather_args = dict       # `config` holds the settings; fastai 2.8 with fastcore 2 fails to collect them by itself
+    learn.gather_args = dict       # `config` holds the settings; fastai 2.8 with fastcore 2 fails to collect them
     return [WandbCallback(log_preds=False, log_model=False)]
 
 # %% ../nbs/14c_runs.ipynb #bd7e288e
@@ -221,7 +226,8 @@ class EpochLines(Callback):
         facts = [f'{name} {value:.4g}' for name, value in zip(self.recorder.metric_names[1:], self.recorder.values[-1])]
         left = (self.n_epoch - self.epoch - 1)*(time.perf_counter() - self.began)/(self.epoch + 1)
         done = self.epochs_completed()
-        print(f'epoch {done}/{self.total}: {", ".join(facts + self.online(done))}, {timedelta(seconds=round(left))} left', flush=True)
+        facts += [*self.online(done), f'{timedelta(seconds=round(left))} left']
+        print(f'epoch {done}/{self.total}: {", ".join(facts)}', flush=True)
     def online(self, done):
         "The score of the online evaluation, in the epochs that have one."
         online = getattr(self.learn, 'online_eval', None)
@@ -231,8 +237,8 @@ class EpochLines(Callback):
 def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
     stack = ExitStack()
-    if not sys.stdout.isatty():
-        for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLines()])): stack.enter_context(context)
+    if sys.stdout.isatty(): return stack
+    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLines()])): stack.enter_context(context)
     return stack
 
 # %% ../nbs/14c_runs.ipynb #b17d69ab
@@ -272,8 +278,9 @@ def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all p
     learn.save_encoder(out/'encoder.safetensors')
     save_head(learn.head, out/'head.safetensors')
     history = draw_history([out], out/'figures'/'history.png')[str(out)]
-    return dict(train_seconds=round(seconds, 1), images_per_second=round(steps*s.batch_size/seconds, 1), steps=learn.step,
-        resumed_from_step=checkpoints.restored_step, train_loss=last_value(history['loss']), left_out=unreadable)
+    return dict(train_seconds=round(seconds, 1), images_per_second=round(steps*s.batch_size/seconds, 1),
+        steps=learn.step, resumed_from_step=checkpoints.restored_step, train_loss=last_value(history['loss']),
+        left_out=unreadable)
 
 # %% ../nbs/14c_runs.ipynb #4ad4a533
 def pretrain_run(
@@ -287,7 +294,8 @@ def pretrain_run(
         learn = make_learner(s, images)
         config = run_config(s, defining, learn, images)
         log = print if not get_rank() else lambda *_: None
-        if not start_folder(out, config, defining, s.overwrite): return log(f'{out} is complete: there is nothing to do')
+        if not start_folder(out, config, defining, s.overwrite):
+            return log(f'{out} is complete: there is nothing to do')
         with learn.distrib_ctx():
             try: report = train(s, out, learn, make_callbacks(s, out, learn, images, config, defining))
             except SystemExit:
@@ -295,7 +303,8 @@ def pretrain_run(
                 raise
         if report:
             write_json(out/'report.json', read_json(out/'report.json') | report)
-            log(f"{report['train_seconds']:.0f} s, {report['images_per_second']:.0f} images/s; the encoder is {out/'encoder.safetensors'}")
+            log(f"{report['train_seconds']:.0f} s, {report['images_per_second']:.0f} images/s; "
+                f"the encoder is {out/'encoder.safetensors'}")
 
 # %% ../nbs/14c_runs.ipynb #9d1fb97e
 def last_value(column)->float:
@@ -308,7 +317,9 @@ def draw_history(
 )->dict: # folder to what `read_history` returns
     "Draw the histories of runs, finished or not, side by side."
     for r in runs:
-        if not (Path(r)/'history.csv').exists(): raise FileNotFoundError(f'{r} has no history.csv: it is no folder of simclr pretrain, or its first step is still to come')
+        if (Path(r)/'history.csv').exists(): continue
+        raise FileNotFoundError(f'{r} has no history.csv: it is no folder of simclr pretrain, '
+                                'or its first step is still to come')
     histories = {str(r): read_history(Path(r)/'history.csv') for r in runs}
     save_figure(plot_history(histories), out)
     return histories
@@ -324,5 +335,6 @@ def runs_table(
     rows = []
     for r, h in histories.items():
         if not len(h['step']): continue                  # nothing has been measured yet
-        rows.append([r, *(str(configs[r].get(k)) for k in differing), f'{h["step"][-1]:.0f}', f'{last_value(h["loss"]):.3f}'])
+        values = [str(configs[r].get(k)) for k in differing]
+        rows.append([r, *values, f'{h["step"][-1]:.0f}', f'{last_value(h["loss"]):.3f}'])
     return markdown_table(['run', *differing, 'steps', 'loss'], rows)

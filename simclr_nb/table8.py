@@ -50,7 +50,8 @@ def transfer_rows(
             metric, paper = transfer_sets[name].metric, paper_transfer_score(arch, protocol, name)
             for encoder, r in results.items():
                 p = None if encoder == main else p_value(metric, results[main], r)
-                rows.append(dict(protocol=protocol, set=name, metric=metric, encoder=encoder, percent=r[metric], chosen=r['chosen'], paper=paper, p=p))
+                rows.append(dict(protocol=protocol, set=name, metric=metric, encoder=encoder, percent=r[metric],
+                                 chosen=r['chosen'], paper=paper, p=p))
     return rows
 
 # %% ../nbs/14e_table8.ipynb #996688e0
@@ -104,7 +105,8 @@ def run_transfer(
             seed=s.seed, num_workers=s.num_workers, keep=out/'transfer', log=print)
     left_out = table['left_out']
     if len(left_out) == len(names):
-        raise ValueError(f'there is none of the sets below {s.root}: ' + '; '.join(f'{n}: {why}' for n, why in left_out.items()))
+        reasons = '; '.join(f'{n}: {why}' for n, why in left_out.items())
+        raise ValueError(f'there is none of the sets below {s.root}: {reasons}')
     return transfer_rows(table, info['arch'], found.name), left_out
 
 # %% ../nbs/14e_table8.ipynb #098df113
@@ -117,7 +119,8 @@ def write_transfer(
     "transfer.json and transfer.md."
     settings = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size', 'seed')}
     write_json(out/'transfer.json', dict(scores=rows, left_out=left_out, settings=settings))
-    parts = [transfer_markdown(rows), f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
+    parts = [transfer_markdown(rows),
+        f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
     if left_out: parts.append(f'Left out: {", ".join(left_out)}.')
     atomic_write(out/'transfer.md', ('\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n').encode())
     return '\n'.join(parts)
