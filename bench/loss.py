@@ -1,7 +1,8 @@
-"NT-Xent forward and backward beside other libraries' losses: median time and peak extra memory, as JSON."
+"NT-Xent forward and backward beside other libraries' losses, and its metrics: time and peak extra memory, as JSON."
 import argparse, json, os, re, resource, statistics, subprocess, sys, time
 
-PML_N = 128  # images; pytorch-metric-learning pairs every positive with every negative: 8 N³ numbers in each of its matrices
+# Images; pytorch-metric-learning pairs every positive with every negative: 8 N³ numbers in each of its matrices.
+PML_N = 128
 
 
 def ours(torch, tau):
@@ -30,8 +31,16 @@ def pml(torch, tau):
     return lambda z: loss(z, torch.arange(len(z)//2, device=z.device).repeat(2))
 
 
+def metrics(torch, tau):
+    "No loss: contrastive accuracy and entropy, without gradient."
+    from simclr_nb.ntxent import contrastive_metrics
+    def both(z): contrastive_metrics(z, tau)
+    return both
+
+
 def floor(torch, tau):
-    "No loss: the similarities, and weights times rows for the gradient, each once, in blocks of 128 rows. A bound on time only."
+    """No loss: the similarities, and weights times rows for the gradient, each once, in blocks of 128 rows.
+    A bound on time only."""
     def products(z):
         rows = 128 if z.device.type == 'cpu' else 1024
         z = z.detach()
@@ -43,7 +52,7 @@ def floor(torch, tau):
     return products
 
 
-contestants = dict(ours=ours, lightly=lightly, plain=plain, pml=pml, floor=floor)
+contestants = dict(ours=ours, lightly=lightly, plain=plain, pml=pml, metrics=metrics, floor=floor)
 
 
 def status(field):
@@ -53,13 +62,14 @@ def status(field):
 
 
 def reset_peak():
-    "Resident memory now, and its peak from now on as a function. Without Linux's /proc the peak of the whole process counts."
+    """Resident memory now, and its peak from now on as a function.
+    Without Linux's /proc the peak of the whole process counts."""
     try:
         with open('/proc/self/clear_refs', 'w') as f: f.write('5')
         return status('VmRSS'), lambda: status('VmHWM')
     except OSError:
         unit = 1 if sys.platform == 'darwin' else 1024
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
         return peak(), peak
 
 
@@ -69,7 +79,9 @@ def measure(name, n, dim, tau, reps, threads, device):
     torch.set_num_threads(threads)
     cuda = device.startswith('cuda')
     loss = contestants[name](torch, tau)
-    draw = lambda n: torch.randn(2*n, dim, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    def draw(n):
+        g = torch.Generator().manual_seed(0)
+        return torch.randn(2*n, dim, generator=g).to(device).requires_grad_()
 
     def step(z):
         z.grad = None
@@ -103,7 +115,7 @@ def in_own_process(name, n, args, reps):
 
 
 def compare(runs, n, args, names, reps, rounds):
-    "Rounds in turns, so that a busy moment of the machine hits everybody; the median of a process, and the quietest of its rounds."
+    "Rounds in turns, so that a busy moment of the machine hits all; the median of a process, the quietest round."
     found = {name: [] for name in names}
     for _ in range(rounds):
         for name in names: found[name].append(in_own_process(name, n, args, reps))
@@ -118,7 +130,8 @@ if __name__ == '__main__':
     ask.add_argument('--n', type=int, default=4096, help='images; the loss has 2n rows')
     ask.add_argument('--dim', type=int, default=128)
     ask.add_argument('--tau', type=float, default=.1)
-    ask.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    ask.add_argument('--threads', type=int, default=cores)
     ask.add_argument('--device', default='cpu', help='cpu or cuda')
     ask.add_argument('--rounds', type=int, default=3, help='processes for each contestant, in turns')
     ask.add_argument('--reps', type=int, help='timed steps in each process; default: fewer for large n')
@@ -129,15 +142,22 @@ if __name__ == '__main__':
         print(json.dumps(measure(args.only, args.n, args.dim, args.tau, reps, args.threads, args.device)))
         sys.exit()
     runs, small = {}, {}
-    found = compare(runs, args.n, args, ('ours', 'lightly', 'plain', 'floor'), reps, args.rounds)
+    found = compare(runs, args.n, args, ('ours', 'lightly', 'plain', 'metrics', 'floor'), reps, args.rounds)
     compare(small, min(args.n, PML_N), args, ('ours', 'pml'), 5, 1)
     for group in (runs, small):
         for name, run in group.items():
-            if run['loss'] is not None: assert abs(run['loss'] - group['ours']['loss']) < 1e-4, f'{name} computes something else: {run["loss"]}'
-    ratio = lambda group, other, key: round(group[other][key]/group['ours'][key], 2)
-    print(json.dumps(dict(n=args.n, rows=2*args.n, dim=args.dim, tau=args.tau, device=args.device, threads=args.threads, torch=found['ours'][0]['torch'],
-        rounds=args.rounds, reps=reps, runs=runs, at_the_size_of_pml=small,
-        ratio_time_lightly=ratio(runs, 'lightly', 'ms'), ratio_memory_lightly=ratio(runs, 'lightly', 'memory_mb'),
-        ratio_time_plain=ratio(runs, 'plain', 'ms'), ratio_memory_plain=ratio(runs, 'plain', 'memory_mb'),
-        ratio_time_pml=ratio(small, 'pml', 'ms'), ratio_memory_pml=ratio(small, 'pml', 'memory_mb'),
-        time_over_floor=round(runs['ours']['ms']/runs['floor']['ms'], 2)), indent=1))
+            if run['loss'] is None: continue
+            apart = abs(run['loss'] - group['ours']['loss'])
+            assert apart < 1e-4, f'{name} computes something else: {run["loss"]}'
+
+    def ratios(group, other):
+        "Of another's time and memory to ours."
+        ours = group['ours']
+        return {f'ratio_time_{other}': round(group[other]['ms']/ours['ms'], 2),
+                f'ratio_memory_{other}': round(group[other]['memory_mb']/ours['memory_mb'], 2)}
+
+    report = dict(n=args.n, rows=2*args.n, dim=args.dim, tau=args.tau, device=args.device, threads=args.threads,
+                torch=found['ours'][0]['torch'], rounds=args.rounds, reps=reps, runs=runs, at_the_size_of_pml=small)
+    report |= ratios(runs, 'lightly') | ratios(runs, 'plain') | ratios(runs, 'metrics') | ratios(small, 'pml')
+    report['time_over_floor'] = round(runs['ours']['ms']/runs['floor']['ms'], 2)
+    print(json.dumps(report, indent=1))

@@ -3,7 +3,7 @@ import argparse, json, statistics, time
 
 import lightly, torch
 from lightly.utils.lars import LARS as LightlyLARS
-from simclr_nb.encoder import build_encoder
+from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, no_decay, param_groups
 from simclr_nb.projection import projection_head
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 def network(arch, device):
     "Encoder and head, with a gradient of plausible size on every tensor."
     encoder = build_encoder(arch)
-    model = nn.Sequential(encoder, projection_head(encoder.feature_dim)).to(device)
+    model = nn.Sequential(encoder, projection_head(feature_dim(encoder))).to(device)
     g = torch.Generator().manual_seed(0)
     for p in model.parameters(): p.grad = .01*torch.randn(p.shape, generator=g).to(device)
     return model
@@ -24,7 +24,8 @@ def ours(model): return LARS(model, lr=.1, momentum=.9, weight_decay=1e-6)
 def lightlys(model):
     "lightly leaves a group alone where its weight decay is 0."
     weights, rest = (g['params'] for g in param_groups(model))
-    return LightlyLARS([dict(params=weights), dict(params=rest, weight_decay=0.)], lr=.1, momentum=.9, weight_decay=1e-6)
+    groups = [dict(params=weights), dict(params=rest, weight_decay=0.)]
+    return LightlyLARS(groups, lr=.1, momentum=.9, weight_decay=1e-6)
 
 
 def contestants(arch, device):
@@ -40,21 +41,21 @@ def finish(device):
     if device.startswith('cuda'): torch.cuda.synchronize()
 
 
-def milliseconds(optimisers, device, rounds, warm=3):
-    "Medians of steps taken in turns, so that a busy moment of the machine hits everybody; the order turns too."
-    times = {k: [] for k in optimisers}
+def milliseconds(optimizers, device, rounds, warm=3):
+    "Medians of steps taken in turns, so that a busy moment of the machine hits all; the order turns too."
+    times = {k: [] for k in optimizers}
     for i in range(warm + rounds):
-        for k in list(optimisers)[::1 if i % 2 else -1]:
+        for k in list(optimizers)[::1 if i % 2 else -1]:
             finish(device)
             start = time.perf_counter()
-            optimisers[k].step()
+            optimizers[k].step()
             finish(device)
             if i >= warm: times[k].append(1e3*(time.perf_counter() - start))
     return {k: round(statistics.median(v), 3) for k,v in times.items()}
 
 
 def apart(models):
-    "How far the weights of the two lie apart, by the norm of ours: the same decay and a rate that stays, so nearly nothing."
+    "How far the weights of the two lie apart, by the norm of ours; decay and rate are the same, so nearly nothing."
     a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models.values())
     return ((a - b).norm()/a.norm()).item()
 
@@ -65,12 +66,14 @@ if __name__ == '__main__':
     ask.add_argument('--device', default='cpu')
     ask.add_argument('--rounds', type=int, default=30)
     args = ask.parse_args()
-    optimisers, models = contestants(args.arch, args.device)
-    for optimiser in optimisers.values(): optimiser.step()
+    optimizers, models = contestants(args.arch, args.device)
+    for optimizer in optimizers.values(): optimizer.step()
     difference = apart(models)
     assert difference < 1e-5, f'the two do not take the same first step: {difference}'
-    ms = milliseconds(optimisers, args.device, args.rounds)
+    ms = milliseconds(optimizers, args.device, args.rounds)
     ps = list(models['ours'].parameters())
-    print(json.dumps(dict(arch=args.arch, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, lightly=lightly.__version__,
-        tensors=len(ps), no_decay=len(no_decay(models['ours'])), numbers=sum(p.numel() for p in ps), rounds=args.rounds, ms=ms,
-        first_step_apart=difference, ratio_time_lightly=round(ms['lightly']/ms['ours'], 3)), indent=1))
+    report = dict(arch=args.arch, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__,
+                  lightly=lightly.__version__, tensors=len(ps), no_decay=len(no_decay(models['ours'])),
+                  numbers=sum(p.numel() for p in ps), rounds=args.rounds, ms=ms, first_step_apart=difference,
+                  ratio_time_lightly=round(ms['lightly']/ms['ours'], 3))
+    print(json.dumps(report, indent=1))

@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/05_lars.ipynb #a50a74b6
@@ -45,7 +46,8 @@ def param_groups(
     model:nn.Module, # any module; what is frozen is left out
 )->list[dict]: # for `LARS`, or as the `splitter` of a fastai Learner
     "The weights of a model, and what is excluded, as two groups."
-    out, named = set(no_decay(model)), [(n, p) for n,p in model.named_parameters() if p.requires_grad]
+    out = set(no_decay(model))
+    named = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for n,p in named if (n not in out) == adapt], adapt=adapt) for adapt in (True, False)]
     return [g for g in groups if g['params']]
 
@@ -82,7 +84,8 @@ def _todo(groups):
     "What one step has to do: lists of tensors, each with its options and whether it is adapted."
     with_grad = [(o, [p for p in o['params'] if p.grad is not None]) for o in groups]
     for p in (p for _,ps in with_grad for p in ps):
-        if p.grad.is_sparse: raise RuntimeError(f'LARS takes dense gradients only; the one of shape {tuple(p.shape)} is sparse')
+        if p.grad.is_sparse:
+            raise RuntimeError(f'LARS takes dense gradients only; the one of shape {tuple(p.shape)} is sparse')
     return [(bucket, o, adapt) for o,ps in with_grad for adapt in (True, False)
             for bucket in _buckets(p for p in ps if is_adapted(p, o['adapt']) == adapt)]
 
@@ -95,79 +98,95 @@ def _check_options(o, known):
     for k in ('lr', 'momentum', 'weight_decay', 'trust_coefficient'):
         if not 0 <= o[k] < math.inf: raise ValueError(f'LARS: {k} must be 0 or more and finite, got {o[k]}')
     labels = {'params', 'param_names', 'name', 'initial_lr'}        # PyTorch's, and its schedulers'
-    if unknown := sorted(set(o) - set(known) - labels): raise ValueError(f'LARS: a group has no option {", ".join(unknown)}; there are {", ".join(known)}')
+    unknown = sorted(set(o) - set(known) - labels)
+    if unknown:
+        raise ValueError(f'LARS: a group has no option {", ".join(unknown)}; there are {", ".join(known)}')
 
 # %% ../nbs/05_lars.ipynb #8dc64db1
 class LARS(torch.optim.Optimizer):
     "Momentum SGD with one trust ratio per weight tensor, as in the official SimCLR code."
     def __init__(self,
-        params, # a model, parameters, or groups; a group may set any option, and `adapt=True/False` to overrule the rule of shape
+        params, # a model, parameters, or groups; a group may set any option, `adapt=True/False` too
         lr:float, # η, the schedule's value included
         momentum:float=.9, # m
         weight_decay:float=1e-6, # λ of the paper; never on excluded tensors
         trust_coefficient:float=.001, # η_t
         nesterov:bool=False, # look ahead by one momentum step
     ):
-        options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=None)
+        options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                       trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=None)
         super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, options)
+
     def add_param_group(self, param_group):
         _check_options(self.defaults | param_group, self.defaults)
         super().add_param_group(param_group)
-    def __setstate__(self, state):
-        known = state.get('defaults') or self.defaults
-        for g in state['param_groups']:
-            if missing := [k for k in known if k not in g]:
-                raise ValueError(f'LARS: this state is that of another optimiser, or of another version; its groups lack {", ".join(missing)}')
-        super().__setstate__(state)
-    @torch.no_grad()
-    def step(self, closure=None):
-        "One update of every parameter that has a gradient."
-        with torch.enable_grad(): loss = closure() if closure else None
-        for ps, o, adapt in _todo(self.param_groups): _update(ps, [_momentum(p, self.state[p]) for p in ps], o, adapt)
-        return loss
+
+# %% ../nbs/05_lars.ipynb #48d51302
+@patch
+@torch.no_grad()
+def step(self:LARS,
+    closure=None, # as for any optimizer of PyTorch: computes the loss and the gradients
+): # what closure returns
+    "One update of every parameter that has a gradient."
+    with torch.enable_grad(): loss = closure() if closure else None
+    for ps, o, adapt in _todo(self.param_groups):
+        _update(ps, [_momentum(p, self.state[p]) for p in ps], o, adapt)
+    return loss
+
+# %% ../nbs/05_lars.ipynb #d5b41f3a
+@patch
+def __setstate__(self:LARS, state):
+    "Only the state of a LARS fits: that of another optimizer lacks options."
+    known = state.get('defaults') or self.defaults
+    for g in state['param_groups']:
+        missing = [k for k in known if k not in g]
+        if missing:
+            raise ValueError('LARS: this state is that of another optimizer, or of another version; '
+                             f'its groups lack {", ".join(missing)}')
+    torch.optim.Optimizer.__setstate__(self, state)
 
 # %% ../nbs/05_lars.ipynb #596e0677
-_rules = {'linear': (.3, lambda base, batch: base*batch/256), 'sqrt': (.075, lambda base, batch: base*math.sqrt(batch))}
+_paper_base = {'linear': .3, 'sqrt': .075}
 
 # %% ../nbs/05_lars.ipynb #72114a81
 def scale_lr(
-    batch:int, # images per step, over all processes
-    rule:str='linear', # 'linear': base·B/256; 'sqrt': base·√B
-    base:float|None=None, # by default the paper's 0.3 (linear) or 0.075 (sqrt)
+    batch_size:int, # images per step, over all processes
+    scaling:str='linear', # 'linear': base·B/256; 'sqrt': base·√B
+    base:float|None=None, # None: the paper's 0.3 (linear) or 0.075 (sqrt)
 )->float: # learning rate at the end of warm-up
     "The highest learning rate of a run, from its batch size."
-    if rule not in _rules: raise ValueError(f'unknown rule {rule!r}; there are {", ".join(map(repr, _rules))}')
-    if batch < 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
-    default, scale = _rules[rule]
-    if base is None: base = default
+    if scaling not in _paper_base:
+        raise ValueError(f'unknown scaling {scaling!r}; there are {", ".join(map(repr, _paper_base))}')
+    if batch_size < 1: raise ValueError(f'the batch size must be 1 or more, got {batch_size}')
+    if base is None: base = _paper_base[scaling]
     if not 0 <= base < math.inf: raise ValueError(f'base must be 0 or more and finite, got {base}')
-    return scale(base, batch)
+    return base*batch_size/256 if scaling == 'linear' else base*math.sqrt(batch_size)
 
 # %% ../nbs/05_lars.ipynb #fb0d6342
-def _check_run(examples, epochs, batch):
-    if not batch >= 1: raise ValueError(f'the batch size must be 1 or more, got {batch}')
-    for k, v in dict(examples=examples, epochs=epochs).items():
+def _check_run(images, epochs, batch_size):
+    if not batch_size >= 1: raise ValueError(f'the batch size must be 1 or more, got {batch_size}')
+    for k, v in dict(images=images, epochs=epochs).items():
         if not 0 <= v < math.inf: raise ValueError(f'{k} must be 0 or more and finite, got {v}')
 
 # %% ../nbs/05_lars.ipynb #78c0f770
 def total_steps(
-    examples:int, # images in the training set
+    images:int, # in the training set
     epochs:float, # passes over it
-    batch:int, # images per step, over all processes
+    batch_size:int, # images per step, over all processes
 )->int: # T, where the cosine reaches 0
-    "Steps of a whole run, as the official code counts them."
-    _check_run(examples, epochs, batch)
-    return int(examples*epochs//batch) + 1
+    "Steps of a whole run, in which batches run on over the ends of epochs."
+    _check_run(images, epochs, batch_size)
+    return math.ceil(images*epochs/batch_size)
 
 # %% ../nbs/05_lars.ipynb #ba330b24
 def warmup_steps(
-    examples:int, # images in the training set
-    batch:int, # images per step, over all processes
+    images:int, # in the training set
+    batch_size:int, # images per step, over all processes
     epochs:float=10, # the paper's 10 epochs
 )->int: # w, where the rate reaches its peak
     "Steps of linear warm-up, as the official code counts them."
-    _check_run(examples, epochs, batch)
-    return round(epochs*examples//batch)
+    _check_run(images, epochs, batch_size)
+    return round(epochs*images//batch_size)
 
 # %% ../nbs/05_lars.ipynb #43b674c5
 def _check_schedule(step, total_steps, warmup_steps, base):

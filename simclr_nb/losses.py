@@ -6,21 +6,27 @@
 __all__ = ['nt_logistic', 'margin_triplet', 'sup_con']
 
 # %% ../nbs/04a_losses.ipynb #a08d0555
-import torch.nn.functional as F, torch
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .ntxent import check_projections, full_precision, normalize_rows, positives
 
 # %% ../nbs/04a_losses.ipynb #eb419da0
+def _semi_hard(s, pos, negative):
+    "Of each row's negatives the closest one that is farther than the positive, if there is one; (2N, 2N) bool."
+    farther = s.where(negative & (s < pos), -torch.inf)
+    closest = torch.zeros_like(negative).scatter(1, farther.argmax(1, keepdim=True), True)
+    return closest & farther.isfinite()
+
 @full_precision
 def _scores(z, semi_hard, temperature=1):
     "Cosines with the positive, (2N, 1); with all rows, (2N, 2N); and each row's weights of these, the negatives."
     z = normalize_rows(check_projections(z, temperature))
-    s, i, j = z @ z.T, torch.arange(len(z), device=z.device), positives(len(z), z.device)
-    pos, negative = s[i, j][:, None], torch.ones_like(s, dtype=torch.bool)
+    i, j = torch.arange(len(z), device=z.device), positives(len(z), z.device)
+    s = z @ z.T
+    pos = s[i, j][:, None]
+    negative = torch.ones_like(s, dtype=torch.bool)
     negative[i, i] = negative[i, j] = False
-    if semi_hard:
-        farther = s.where(negative & (s < pos), -torch.inf)
-        negative = torch.zeros_like(negative).scatter(1, farther.argmax(1, keepdim=True), True) & farther.isfinite()
+    if semi_hard: negative = _semi_hard(s, pos, negative)
     return pos, s, negative/negative.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/04a_losses.ipynb #dec15200
@@ -33,6 +39,7 @@ def nt_logistic(
     pos, s, weight = _scores(z, semi_hard, temperature)
     return (F.softplus(-pos/temperature).squeeze(1) + (weight*F.softplus(s/temperature)).sum(1)).mean()
 
+# %% ../nbs/04a_losses.ipynb #1cc2b8fe
 def margin_triplet(
     z:Tensor, # (2N, D) projections, scaled to length 1 here
     margin:float=.8, # m; the paper tried 0, 0.4, 0.8 and 1.6
@@ -52,7 +59,9 @@ def sup_con(
 )->Tensor: # scalar, in nats
     "Supervised contrastive loss: all other rows of the same class are right answers."
     z, n = normalize_rows(check_projections(z, temperature)), len(z)//2
-    if labels.shape != (n,): raise ValueError(f'sup_con takes one label for each of the {n} images (rows come in pairs), got labels of shape {tuple(labels.shape)}')
+    if labels.shape != (n,):
+        raise ValueError(f'sup_con takes one label for each of the {n} images (rows come in pairs), '
+                         f'got labels of shape {tuple(labels.shape)}')
     itself, labels = torch.eye(2*n, dtype=torch.bool, device=z.device), labels.repeat(2)
     right = (labels[:, None] == labels) & ~itself
     logp = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)

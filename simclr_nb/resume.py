@@ -14,7 +14,6 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from . import __version__
 from .core import BadCheckpoint, atomic_write, get_rank, unwrap
-from .data import PairLoader
 from .distributed import all_gather_objects, any_rank
 
 # %% ../nbs/08b_resume.ipynb #3ffc8909
@@ -24,14 +23,14 @@ def save_state(
 )->Path:
     "Write one state of a run."
     torch.save(state, buffer := io.BytesIO())
-    path = Path(folder)/f"step-{state['step']:09}-{zlib.crc32(buffer.getbuffer()):08x}.pt"
-    atomic_write(path, buffer.getbuffer())
-    return path
+    data = buffer.getbuffer()
+    return atomic_write(Path(folder)/f"step-{state['step']:09}-{zlib.crc32(data):08x}.pt", data)
 
 def load_state(path:str|Path)->dict:
-    "Read one state, on the CPU; `BadCheckpoint` if it is not as it was written. (`torch.load(path, weights_only=True)` reads it too.)"
+    "Read one state, on the CPU; `BadCheckpoint` if it is not as it was written. (`torch.load` reads it too.)"
     data = Path(path).read_bytes()
-    if f'{zlib.crc32(data):08x}' != Path(path).stem.rpartition('-')[2]: raise BadCheckpoint(f'{path} is damaged: its {len(data)} bytes do not match the checksum in its name')
+    if f'{zlib.crc32(data):08x}' != Path(path).stem.rpartition('-')[2]:
+        raise BadCheckpoint(f'{path} is damaged: its {len(data)} bytes do not match the checksum in its name')
     try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except Exception as e: raise BadCheckpoint(f'{path} cannot be read: {e}') from e
 
@@ -42,10 +41,11 @@ def saved_states(folder:str|Path)->list[Path]:
 
 def last_state(folder:str|Path)->tuple: # (state, its file), or (None, None)
     "The latest state that can be read; damaged ones are named and passed over."
-    for path in (there := saved_states(folder)):
+    files = saved_states(folder)
+    for path in files:
         try: return load_state(path), path
         except BadCheckpoint as e: warnings.warn(f'{e}; taking the one before')
-    if there: raise BadCheckpoint(f'none of the {len(there)} checkpoints in {folder} can be read: delete them to begin again')
+    if files: raise BadCheckpoint(f'none of the {len(files)} checkpoints in {folder} can be read: delete them to begin again')
     return None, None
 
 # %% ../nbs/08b_resume.ipynb #35210fb5
@@ -54,66 +54,84 @@ class Checkpoints(Callback):
     order = 80      # after everything else that belongs to a step
     def __init__(self,
         folder:str|Path, # of the checkpoints; on several machines one that all of them see
-        every:int=1000, # steps between two of them; one is written at the end of each epoch too
+        save_every:int=1000, # steps between two of them; one is written at the end of each epoch too
         keep:int=3, # the last ones stay
         config:dict|None=None, # what else must be the same for a run to go on: numbers and text
-    ): self.folder, self.every, self.keep, self.config, self.told = Path(folder), every, keep, config or {}, False
+        encoder_file:str|Path|None=None, # written with each checkpoint, so that a run in progress can be evaluated
+    ):
+        self.folder, self.save_every, self.keep, self.config = Path(folder), save_every, keep, config or {}
+        self.encoder_file, self.stop_requested = encoder_file, False
     def before_fit(self):
-        if not isinstance(self.dls.train, PairLoader): raise ValueError("a run can be taken up again only with the library's own loaders: give simclr_learner images, not DataLoaders")
-        self.saved, self.resumed_at = None, 0
+        if not self.sampler:
+            raise ValueError("a run can be taken up again only with the library's own loaders: "
+                             'give simclr_learner images, not DataLoaders')
+        self.saved, self.restored_step, self.identity = None, 0, self.fingerprint()
         if not get_rank(): self.prepare()
         state, path = last_state(self.folder)
         self.check_all_agree(state)
         if state: self.restore(state, path)
         self.catch_sigterm()
+    def before_epoch(self): self.recorder.log[0] = self.epochs_completed()     # the table of the run goes on, too
     def after_batch(self):
-        if self.iter + 1 < self.n_iter: self.end_of_step(self.train_iter % self.every == 0)      # the last step of an epoch is saved with the epoch
+        if self.iter + 1 < self.n_iter: self.end_of_step(self.step % self.save_every == 0)     # else with the epoch
     def after_epoch(self): self.end_of_step(True)
     def end_of_step(self, due):
-        stop = any_rank(self.told, self.loss.device)
+        stop = any_rank(self.stop_requested, self.loss.device)
         if stop or due: self.save()
         if stop: raise SystemExit(128 + signal.SIGTERM)
     def after_fit(self):
-        if self.before_told is not None: signal.signal(signal.SIGTERM, self.before_told)
+        if self.handler_before is not None: signal.signal(signal.SIGTERM, self.handler_before)
 
 # %% ../nbs/08b_resume.ipynb #f079fd16
 @patch
 def fingerprint(self:Checkpoints)->dict:
     "What must be the same when a run goes on."
-    dl, rate = self.dls.train, getattr(self.learn, 'rate_by_step', None)
-    names = '\n'.join(f.name for f in dl.dataset.images.files).encode()
-    return dict(images=len(dl.dataset), files=zlib.crc32(names), epochs=self.n_epoch, bs=dl.bs*dl.world, seed=dl.dataset.seed,
-        optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__) | (rate.scheds['lr'].keywords if rate else {}) | self.config
+    dataset, schedule = self.dls.train.dataset, getattr(self.learn, 'step_schedule', None)
+    names = '\n'.join(f.name for f in dataset.images.files).encode()
+    facts = dict(images=len(dataset), files=zlib.crc32(names), epochs=self.n_epoch, batch_size=self.batch_size,
+                 seed=dataset.seed, optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__)
+    return facts | (schedule.scheds['lr'].keywords if schedule else {}) | self.config
 
 @patch
 def state(self:Checkpoints)->dict:
     "All that the next step depends on."
-    model, scaler = unwrap(self.model), getattr(self.learn, 'scaler', None)
-    return dict(step=self.train_iter, start=self.dls.train.start, model=model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
-        unreadable=self.dls.train.dataset.unreadable.clone(), rng=all_gather_objects([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]),
-        callbacks={cb.name: cb.state_dict() for cb in self.cbs if hasattr(type(cb), 'state_dict')},
-        config=self.fingerprint(), versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
+    scaler = getattr(self.learn, 'scaler', None)
+    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return dict(step=self.step, start=self.start, model=unwrap(self.model).state_dict(), opt=self.opt.state_dict(),
+        scaler=scaler.state_dict() if scaler else {}, unreadable=self.dls.train.dataset.unreadable.clone(),
+        rng=all_gather_objects(rng), callbacks={cb.name: cb.state_dict() for cb in self.with_state()},
+        config=self.identity,
+        versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
+
+@patch
+def with_state(self:Checkpoints): return [cb for cb in self.cbs if hasattr(type(cb), 'state_dict')]
 
 # %% ../nbs/08b_resume.ipynb #9b93952f
 @patch
+def check_same_run(self:Checkpoints, config, path):
+    "An error that names the first setting that differs."
+    for k in [*self.identity, *(config.keys() - self.identity.keys())]:
+        was, now = config.get(k), self.identity.get(k)
+        if was != now:
+            raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {now} now. '
+                             'Give the same settings to go on, or another folder to begin')
+
+@patch
 def restore(self:Checkpoints, state:dict, path:Path):
     "Take up a run where `state` left it."
-    is_now = self.fingerprint()
-    for k in [*is_now, *(state['config'].keys() - is_now.keys())]:
-        if (was := state['config'].get(k)) != is_now.get(k):
-            raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {is_now.get(k)} now. Give the same settings to go on, or another folder to begin')
+    self.check_same_run(state['config'], path)
     unwrap(self.model).load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     self.dls.train.dataset.unreadable |= state['unreadable']
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
-    for cb in self.cbs:
+    for cb in self.with_state():
         if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
     if get_rank() < len(state['rng']):
-        for f, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state['rng'][get_rank()]): f(rng)
-    dl, step = self.dls.train, state['step']
-    self.resumed_at = self.learn.train_iter = dl.done = step
-    self.learn.first_epoch = next(e for e in range(self.n_epoch + 1) if dl.steps(e + 1) > step)
-    self.learn.views_callback.epochs_done = state['start'] + self.first_epoch
+        setters = torch.set_rng_state, torch.cuda.set_rng_state
+        for set_state, rng in zip(setters, state['rng'][get_rank()]): set_state(rng)
+    self.learn.start, self.learn.train_iter = state['start'], state['step']
+    self.restored_step = self.step
+    self.learn.n_epoch -= self.epochs_completed()
 
 # %% ../nbs/08b_resume.ipynb #892d53be
 @patch
@@ -121,39 +139,52 @@ def prepare(self:Checkpoints):
     "Make the folder, and see that it can be written to."
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob('*.part'): part.unlink()                     # of a process that was killed
+        for part in self.folder.glob('.*.part'): part.unlink()     # of a process that was killed
         atomic_write(self.folder/'can-write', b'')
         (self.folder/'can-write').unlink()
-    except OSError as e: raise OSError(f'cannot write checkpoints to {self.folder}: {e.strerror}. Choose a folder that can be written to')  from e
+    except OSError as e:
+        raise OSError(f'cannot write checkpoints to {self.folder}: {e.strerror}. '
+                      'Choose a folder that can be written to') from e
 
 @patch
 def check_all_agree(self:Checkpoints, state):
     "On several machines: does every process see the same folder?"
     steps = all_gather_objects(state and state['step'])
-    if len({*steps}) > 1: raise ValueError(f'the processes see different checkpoints in {self.folder} (steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
+    if len({*steps}) > 1:
+        raise ValueError(f'the processes see different checkpoints in {self.folder} '
+                         f'(steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
 
+# %% ../nbs/08b_resume.ipynb #483d076a
 @patch
 def save(self:Checkpoints):
     "Save the state as it is, unless it is saved already."
-    if self.saved == self.train_iter: return
-    state, self.saved = self.state(), self.train_iter
+    if self.saved == self.step: return
+    state, self.saved = self.state(), self.step
     if get_rank(): return
-    try: save_state(self.folder, state)
-    except OSError as e:
-        good = next(iter(saved_states(self.folder)), None)
-        raise OSError(f'could not write the checkpoint of step {self.train_iter}: {e.strerror}. Stopped; {f"the last good one is {good}" if good else "there is none before it"}. '
-            'Make room and start the same command again') from e
+    try:
+        save_state(self.folder, state)
+        if self.encoder_file: self.save_encoder(self.encoder_file)
+    except OSError as e: raise OSError(self.no_space(e)) from e
     for old in saved_states(self.folder)[self.keep:]: old.unlink()
+
+@patch
+def no_space(self:Checkpoints, e):
+    good = next(iter(saved_states(self.folder)), None)
+    last = f'the last good one is {good}' if good else 'there is none before it'
+    return (f'could not write the checkpoint of step {self.step}: {e.strerror}. Stopped; {last}. '
+            'Make room and start the same command again')
 
 # %% ../nbs/08b_resume.ipynb #ffd6a73f
 @patch
 def catch_sigterm(self:Checkpoints):
     "From now on SIGTERM means: end this step, save, leave."
-    self.told, self.before_told, first = False, None, time.monotonic()
-    def tell(*_):
+    self.stop_requested, self.handler_before, first = False, None, time.monotonic()
+    def handle(*_):
         nonlocal first
-        if self.learn is None or self.told and time.monotonic() > first + 5:          # nobody trains any more, or nobody listens
+        ignored = self.stop_requested and time.monotonic() > first + 5
+        if self.learn is None or ignored:                  # no training that could end its step
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        elif not self.told: self.told, first = True, time.monotonic()                # launcher and cluster may both send one
-    if threading.current_thread() is threading.main_thread(): self.before_told = signal.signal(signal.SIGTERM, tell)
+        elif not self.stop_requested: self.stop_requested, first = True, time.monotonic()   # launchers may send several
+    if threading.current_thread() is threading.main_thread():
+        self.handler_before = signal.signal(signal.SIGTERM, handle)

@@ -1,6 +1,6 @@
 """Writes TensorFlow checkpoints, from the format's description: doc/table_format.md of LevelDB, and the comments of
-TensorFlow's tensor_bundle.proto and tensor_bundle.h. For tests; shares no line with the reader in simclr_nb.checkpoints."""
-import struct
+TensorFlow's tensor_bundle.proto and tensor_bundle.h. For tests; shares no line with the reader in simclr_nb.bundle."""
+import os, struct
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,9 @@ def masked(crc): return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff
 
 def varint(n):
     out = b''
-    while n > 127: out, n = out + bytes([n & 127 | 128]), n >> 7
+    while n > 127:
+        out += bytes([n & 127 | 128])
+        n >>= 7
     return out + bytes([n])
 
 def field(number, value):
@@ -39,8 +41,10 @@ def block(entries, interval):
     "Keys lose what they share with the key before, except every interval-th."
     out, restarts, last = b'', [], b''
     for i, (key, value) in enumerate(entries):
-        if i % interval == 0: restarts.append(len(out)); last = b''
-        shared = next((n for n, (a, b) in enumerate(zip(key, last)) if a != b), min(len(key), len(last)))
+        if i % interval == 0:
+            restarts.append(len(out))
+            last = b''
+        shared = len(os.path.commonprefix([key, last]))
         out += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         last = key
     restarts = restarts or [0]
@@ -62,8 +66,10 @@ def table(entries, block_size=262144, interval=16):
         return handle
     for i, pair in enumerate(entries):
         part.append(pair)
-        if i == len(entries) - 1 or len(block(part, interval)) >= block_size:
-            handles.append((_successor(pair[0]) if i == len(entries) - 1 else pair[0], add(block(part, interval))))
+        at_end = i == len(entries) - 1
+        if at_end or len(block(part, interval)) >= block_size:
+            name = _successor(pair[0]) if at_end else pair[0]
+            handles.append((name, add(block(part, interval))))
             part = []
     footer = add(block([], 1)) + add(block(handles, 1))
     return out + footer.ljust(40, b'\0') + struct.pack('<Q', MAGIC)
@@ -73,15 +79,17 @@ def header(shards=1, big_endian=0, min_consumer=0):
 
 def entry(dtype, shape, shard, offset, size, crc):
     dims = b''.join(field(2, field(1, d)) for d in shape)
-    return field(1, dtype) + field(2, dims) + field(3, shard) + field(4, offset) + field(5, size) + b'\x35' + struct.pack('<I', crc)
+    facts = field(1, dtype) + field(2, dims) + field(3, shard) + field(4, offset) + field(5, size)
+    return facts + b'\x35' + struct.pack('<I', crc)
 
 def write_bundle(prefix, tensors, shards=1, block_size=262144, head=None, crc=crc32c):
     "prefix.index and prefix.data-?????-of-?????, with the tensors (name to array) in the order of their names."
     data, entries = [b'']*shards, [(b'', head or header(shards))]
     for i, name in enumerate(sorted(tensors)):
         a, shard = np.asarray(tensors[name]), i % shards
-        raw = a.tobytes()
-        entries.append((name.encode(), entry(DTYPES[a.dtype.name], a.shape, shard, len(data[shard]), len(raw), masked(crc(raw)))))
+        raw, offset = a.tobytes(), len(data[shard])
+        value = entry(DTYPES[a.dtype.name], a.shape, shard, offset, len(raw), masked(crc(raw)))
+        entries.append((name.encode(), value))
         data[shard] += raw
     for i, raw in enumerate(data): Path(f'{prefix}.data-{i:05d}-of-{shards:05d}').write_bytes(raw)
     Path(f'{prefix}.index').write_bytes(table(entries, block_size))
@@ -90,11 +98,13 @@ def write_bundle(prefix, tensors, shards=1, block_size=262144, head=None, crc=cr
 
 def official_tensors(depth=18, width=.125, stem=3, head=(None, 16), classes=10, seed=0):
     """Random tensors with the names and shapes of the official network, counted here from the paper's table of layers:
-    blocks of 3 × 3, 3 × 3 (18, 34) or 1 × 1, 3 × 3, 1 × 1 (50 and more), shortcut first. `head`: outputs of its layers; None is d."""
+    blocks of 3 × 3, 3 × 3 (18, 34) or 1 × 1, 3 × 3, 1 × 1 (50 and more), shortcut first. `head`: outputs of its
+    layers; None is d."""
     rng, out, n = np.random.default_rng(seed), {}, 0
     blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
     def bn(scope, c, beta=True):
-        new = dict(gamma=rng.uniform(.5, 1.5, c), moving_mean=rng.normal(0, .1, c), moving_variance=rng.uniform(.5, 1.5, c))
+        new = dict(gamma=rng.uniform(.5, 1.5, c), moving_mean=rng.normal(0, .1, c),
+                   moving_variance=rng.uniform(.5, 1.5, c))
         if beta: new['beta'] = rng.normal(0, .1, c)
         out.update({f'{scope}/{k}': v.astype('float32') for k, v in new.items()})
     def conv(k, i, o):
@@ -106,11 +116,14 @@ def official_tensors(depth=18, width=.125, stem=3, head=(None, 16), classes=10, 
     c = int(64*width)
     conv(stem, 3, c)
     d = c
-    for group, repeat in enumerate(blocks):
-        inside, wide = c*2**group, c*2**group*(1 if depth < 50 else 4)
+    for stage, repeat in enumerate(blocks):
+        inside = c*2**stage
+        wide = inside*(1 if depth < 50 else 4)
         for b in range(repeat):
             if b == 0: conv(1, d, wide)
-            for k, i, o in (((3, d, inside), (3, inside, inside)) if depth < 50 else ((1, d, inside), (3, inside, inside), (1, inside, wide))): conv(k, i, o)
+            if depth < 50: layers = (3, d, inside), (3, inside, inside)
+            else: layers = (1, d, inside), (3, inside, inside), (1, inside, wide)
+            for layer in layers: conv(*layer)
             d = wide
     before = d
     for i, o in enumerate(head):

@@ -5,11 +5,19 @@ import numpy as np, pytest, torch, torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from simclr_nb import checkpoints, cli
-from simclr_nb.callbacks import History, read_history
+from simclr_nb import cli
+from simclr_nb.callbacks import read_history
+from simclr_nb.resume import load_state
 
 STEPS = 18
-settings = dict(arch='resnet18_0.125x', size=32, bs=16, epochs=6, lr=.1, workers=0, every=2)
+settings = dict(arch='resnet18_0.125x', size=32, batch_size=16, epochs=6, lr=.1, num_workers=0, save_every=2)
+
+
+def arguments(images, out, **changes):
+    "The command line of a run."
+    options = settings | changes
+    return ['pretrain', str(images), '--out', str(out),
+            *(str(word) for k, v in options.items() for word in (f"--{k.replace('_', '-')}", v))]
 
 
 @pytest.fixture(scope='module')
@@ -22,14 +30,15 @@ def images(place):
     folder.mkdir()
     for i in range(48):
         coarse = np.random.default_rng(i).integers(0, 255, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((50, 40), Image.BICUBIC).save(folder/f'{i:02}.png')
+        (folder/f'class{i % 2}').mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((50, 40), Image.BICUBIC).save(folder/f'class{i % 2}'/f'{i:02}.png')
     return folder
 
 
 @pytest.fixture(scope='module')
 def processes():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.cli'])
+    context.set_forkserver_preload(['simclr_nb.cli', 'simclr_nb.learner', 'simclr_nb.resume', 'simclr_nb.features'])
     return context
 
 
@@ -54,13 +63,13 @@ def filling_at(call):
 
 
 def a_run(images, out, how, changes, seen):
-    "`simclr-pretrain` in a process of its own; what it says goes to a file."
+    "`simclr pretrain` in a process of its own; what it prints goes to a file."
     torch.set_num_threads(1)
     if how.get('poor') and os.geteuid() == 0: os.setuid(65534)               # root may write anywhere
     sys.stdout = sys.stderr = open(seen, 'a', buffering=1)
-    if how.get('kill_write'): checkpoints.os.fsync = killing_in(how['kill_write'])
-    if how.get('full'): checkpoints.os.fsync = filling_at(how['full'])
-    cli.pretrain(str(images), out=str(out), **(settings | changes))
+    if how.get('kill_write'): os.fsync = killing_in(how['kill_write'])
+    if how.get('full'): os.fsync = filling_at(how['full'])
+    cli.main(arguments(images, out, **changes))
 
 
 def start(processes, images, out, how={}, **changes):
@@ -82,7 +91,13 @@ def ended(process, seconds=120):
 
 
 def said(out): return log(out).read_text()
-def weights(out): return load_file(out/'encoder.safetensors') | {f'head.{k}': v for k, v in load_file(out/'head.safetensors').items()}
+
+
+def weights(out):
+    head = load_file(out/'head.safetensors')
+    return load_file(out/'encoder.safetensors') | {f'head.{k}': v for k, v in head.items()}
+
+
 def report(out): return json.loads((out/'report.json').read_text())
 
 
@@ -98,18 +113,24 @@ def same(out, straight):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     one, two = (read_history(o/'history.csv') for o in (out, straight))
     for k in one.keys() - {'images_per_second'}: np.testing.assert_array_equal(one[k], two[k], k)
-    assert report(out)['steps'] == STEPS and len(one['step']) == STEPS
+    assert report(out)['steps'] == STEPS and len({*one['step']}) == STEPS
     return True
 
 
-def steps_told(out): return len((out/'history.csv').read_text().splitlines()) - 1 if (out/'history.csv').exists() else 0
+def steps_logged(out):
+    if not (out/'history.csv').exists(): return 0
+    return len((out/'history.csv').read_text().splitlines()) - 1
+
+
 def checkpoints_of(out): return sorted((out/'checkpoints').glob('step-*.pt'))
 
 
 def test_a_run_says_what_it_did_and_a_complete_one_has_nothing_to_do(processes, images, straight):
     out = straight
-    assert {p.name for p in out.iterdir()} >= {'encoder.safetensors', 'head.safetensors', 'config.json', 'history.csv', 'report.json', 'checkpoints', 'figures'}
-    assert len(checkpoints_of(out)) == 3 and torch.load(checkpoints_of(out)[-1], weights_only=True)['step'] == STEPS
+    names = {'encoder.safetensors', 'head.safetensors', 'config.json', 'history.csv', 'report.json', 'checkpoints',
+             'figures'}
+    assert {p.name for p in out.iterdir()} >= names
+    assert len(checkpoints_of(out)) == 3 and load_state(checkpoints_of(out)[-1])['step'] == STEPS
     before = (out/'encoder.safetensors').stat().st_mtime_ns
     assert ended(start(processes, images, out)) == 0 and 'is complete' in said(out)
     assert (out/'encoder.safetensors').stat().st_mtime_ns == before
@@ -121,14 +142,14 @@ def test_ten_kills_at_random_moments(processes, images, place, straight):
         begin = int(checkpoints_of(out)[-1].name.split('-')[1]) if checkpoints_of(out) else 0
         resumed += begin > 0
         process, stop = start(processes, images, out), begin + chance.randint(1, 3)
-        while process.is_alive() and steps_told(out) < stop: time.sleep(.005)
-        time.sleep(chance.uniform(0, .1))                                                # in the step after, or while that is saved
+        while process.is_alive() and steps_logged(out) < stop: time.sleep(.005)
+        time.sleep(chance.uniform(0, .1))                 # in the step after, or while that is saved
         process.kill()
         process.join()
         kills += 1
     assert kills > 5 and resumed > 3, 'it was hardly ever killed with a checkpoint on the disk'
     assert ended(start(processes, images, out)) == 0, said(out)
-    assert same(out, straight) and not list((out/'checkpoints').glob('*.part'))
+    assert same(out, straight) and not list((out/'checkpoints').glob('.*.part'))
 
 
 @pytest.mark.parametrize('call', [6, 7])
@@ -138,15 +159,16 @@ def test_a_kill_in_the_middle_of_a_write(processes, images, place, straight, cal
     assert ended(start(processes, images, out, dict(kill_write=call))) == -signal.SIGKILL
     assert not (out/'report.json').exists()
     assert ended(start(processes, images, out)) == 0, said(out)
-    assert same(out, straight) and report(out)['resumed_at'] in (2, 4, 6)
+    assert same(out, straight) and report(out)['resumed_from_step'] in (2, 4, 6)
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_good_checkpoint(processes, images, place, straight):
     out = place/'full'
     assert ended(start(processes, images, out, dict(full=8))) == 1
     good = checkpoints_of(out)[-1]
-    assert 'could not write the checkpoint of step' in said(out) and str(good) in said(out) and 'Traceback' not in said(out), said(out)
-    assert checkpoints.load_state(good)['step'] > 0 and not list((out/'checkpoints').glob('*.part'))
+    assert 'could not write the checkpoint of step' in said(out) and str(good) in said(out), said(out)
+    assert 'Traceback' not in said(out), said(out)
+    assert load_state(good)['step'] > 0 and not list((out/'checkpoints').glob('.*.part'))
     assert ended(start(processes, images, out)) == 0 and same(out, straight)
 
 
@@ -155,7 +177,8 @@ def test_a_folder_that_cannot_be_written_to(processes, images, place):
     locked.mkdir()
     locked.chmod(0o555)
     for folder in (place, *place.parents):
-        if folder.stat().st_uid == os.getuid() and folder != folder.parent and 'pytest' in str(folder): folder.chmod(0o755)
+        ours = folder.stat().st_uid == os.getuid() and 'pytest' in str(folder)
+        if ours and folder != folder.parent: folder.chmod(0o755)
     out = locked/'run'
     assert ended(start(processes, images, out, dict(poor=True))) == 1
     assert 'ermission denied' in said(out) and 'Traceback' not in said(out), said(out)
@@ -170,16 +193,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(processes, ima
     last.write_bytes(data)
     assert ended(start(processes, images, out)) == 0, said(out)
     assert f'{last} is damaged' in said(out) and same(out, straight)
-    assert report(out)['resumed_at'] == int(before.name.split('-')[1])
+    assert report(out)['resumed_from_step'] == int(before.name.split('-')[1])
 
 
-@pytest.mark.parametrize('field, value', [('bs', 24), ('temperature', .2), ('seed', 1)])
+@pytest.mark.parametrize('field, value', [('batch_size', 24), ('temperature', .2), ('seed', 1)])
 def test_another_configuration_is_refused_by_its_name(processes, images, place, straight, field, value):
     out = place/'other'
     if not out.exists(): ended(start(processes, images, out, dict(kill_write=9)))
     config = (out/'config.json').read_bytes()
     assert ended(start(processes, images, out, **{field: value})) == 1
-    assert f'{field} was {settings.get(field, dict(temperature=.1, seed=0).get(field))}, not {value}' in said(out)
+    was = settings.get(field, dict(temperature=.1, seed=0).get(field))
+    assert f'{field} was {was}, not {value}' in said(out)
     assert (out/'config.json').read_bytes() == config and checkpoints_of(out), 'nothing is touched'
 
 
@@ -187,7 +211,7 @@ def test_other_images_are_refused(processes, images, place):
     "The folder is the same, and something in it is not."
     out, more = place/'images_changed', place/'more'
     more.mkdir()
-    for f in images.iterdir(): (more/f.name).write_bytes(f.read_bytes())
+    for f in images.rglob('*.png'): (more/f.name).write_bytes(f.read_bytes())
     ended(start(processes, more, out, dict(kill_write=9)))
     (more/'00.png').rename(more/'zz.png')
     assert ended(start(processes, more, out)) == 1 and 'files was' in said(out)
@@ -195,13 +219,14 @@ def test_other_images_are_refused(processes, images, place):
 
 def test_sigterm_saves_and_leaves(processes, images, place, straight):
     out = place/'term'
-    process = start(processes, images, out, every=1000)
-    while not (out/'history.csv').exists() or len((out/'history.csv').read_text().splitlines()) < 6: time.sleep(.02)
+    process = start(processes, images, out, save_every=1000)
+    while steps_logged(out) < 5: time.sleep(.02)
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 128 + signal.SIGTERM
     step = int(checkpoints_of(out)[-1].name.split('-')[1])
     assert 5 <= step < STEPS and f'stopped as asked, after step {step}' in said(out)
-    assert ended(start(processes, images, out)) == 0 and same(out, straight) and report(out)['resumed_at'] == step
+    assert ended(start(processes, images, out)) == 0 and same(out, straight)
+    assert report(out)['resumed_from_step'] == step
 
 
 # Several processes
@@ -211,26 +236,30 @@ import os, signal, sys, torch
 from simclr_nb import cli
 from simclr_nb.callbacks import History
 torch.set_num_threads(1)
-written = History.after_batch
+write_line = History.after_batch
 def dies(self):
-    written(self)
-    if self.train_iter == int(sys.argv[3]) and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)
+    write_line(self)
+    first = os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+    if first and self.step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
 History.after_batch = dies
-cli.pretrain(sys.argv[1], out=sys.argv[2], arch='resnet18_0.125x', size=32, bs=16, epochs=6, lr=.1, workers=0, every=2, overwrite=True)
+cli.main([*sys.argv[2:], '--overwrite'])
 '''
 
 
 def torchrun(log, *args):
     "Two processes; what they say goes to a file."
-    with open(log, 'w') as f: return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *map(str, args)], stdout=f, stderr=subprocess.STDOUT)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *map(str, args)]
+    with open(log, 'w') as f: return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
 
 
 def test_torchrun_starts_the_group_again_where_it_was(images, place):
     (place/'dies.py').write_text(script)
     log = place/'torchrun.txt'
-    assert torchrun(log, place/'dies.py', images, place/'two', -1).wait(200) == 0, log.read_text()
-    assert torchrun(log, '--max-restarts', 3, place/'dies.py', images, place/'restarted', 7).wait(200) == 0, log.read_text()
-    assert report(place/'two')['resumed_at'] == 0 and report(place/'restarted')['resumed_at'] == 6
+    assert torchrun(log, place/'dies.py', -1, *arguments(images, place/'two')).wait(200) == 0, log.read_text()
+    again = torchrun(log, '--max-restarts', 3, place/'dies.py', 7, *arguments(images, place/'restarted'))
+    assert again.wait(200) == 0, log.read_text()
+    assert report(place/'two')['resumed_from_step'] == 0
+    assert report(place/'restarted')['resumed_from_step'] == 6
     a, b = weights(place/'two'), weights(place/'restarted')
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -238,16 +267,16 @@ def test_torchrun_starts_the_group_again_where_it_was(images, place):
 def test_torchrun_from_the_command_line_and_sigterm(images, place, straight):
     "The same files as one process, whether in one go or told to stop and started again."
     out = place/'cluster'
-    command = '-m', 'simclr_nb.cli', 'pretrain', images, '--arch', 'resnet18_0.125x', '--size', 32, '--bs', 16, '--epochs', 6, '--lr', .1, '--workers', 0, '--out', out
+    command = '-m', 'simclr_nb', *arguments(images, out, save_every=1000)
     log = place/'cluster.txt'
     job = torchrun(log, *command)
-    while job.poll() is None and (not (out/'history.csv').exists() or len((out/'history.csv').read_text().splitlines()) < 4): time.sleep(.05)
+    while job.poll() is None and steps_logged(out) < 3: time.sleep(.05)
     job.send_signal(signal.SIGTERM)
     job.wait(100)
     assert 'stopped as asked' in log.read_text(), log.read_text()
     step = int(checkpoints_of(out)[-1].name.split('-')[1])
     assert torchrun(log, *command).wait(200) == 0, log.read_text()
-    assert report(out)['resumed_at'] == step and report(out)['steps'] == STEPS
+    assert report(out)['resumed_from_step'] == step and report(out)['steps'] == STEPS
     names = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob('*') if p.suffix != '.pt'}
     assert names(out) == names(straight)
     a, b = (json.loads((o/'config.json').read_text()) for o in (out, straight))

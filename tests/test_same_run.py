@@ -1,4 +1,4 @@
-"A run of several real processes takes the very steps of a run of one: same batches, same views, same losses, same weights."
+"A run of several real processes takes the very steps of a run of one: same batches, views, losses and weights."
 import os, socket
 
 import numpy as np, pytest, torch, torch.multiprocessing as mp
@@ -23,6 +23,7 @@ class Double(Callback):
 
 
 class Single(nn.Module):
+    "A loss in single precision, for fastai's recorder."
     def __init__(self, loss):
         super().__init__()
         self.loss = loss
@@ -43,28 +44,37 @@ class RawLosses(Callback):
 
 def train(folder, double, lr, size=32, **kwargs):
     "(weights and running statistics, losses, what the recorder says) of 20 steps of a small ResNet with LARS."
-    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=simclr_augmentations(size, strength=.5), num_workers=0, **kwargs)
+    augment = simclr_augmentations(size, strength=.5)
+    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=augment, num_workers=0, **kwargs)
     if double: learn.loss_func = Single(learn.loss_func)
+    raw = RawLosses()
+    cbs = [raw] + [Double()]*double
     with learn.no_bar(), learn.no_logging(), learn.distrib_ctx():
-        learn.pretrain(EPOCHS, bs=BATCH, lr=lr, cbs=[raw := RawLosses(), *([Double()] if double else [])])
-        assert type(learn.model).__name__ == 'SimCLR' and learn.dls.train.bs == BATCH, 'what was wrapped is unwrapped'
-    return dict(weights=learn.model.state_dict(), losses=raw.losses, values=[[float(v) for v in row] for row in learn.recorder.values])
+        learn.pretrain(EPOCHS, batch_size=BATCH, lr=lr, cbs=cbs)
+        assert type(learn.model).__name__ == 'SimCLR' and learn.batch_size == BATCH, 'what was wrapped is unwrapped'
+    values = [[float(v) for v in row] for row in learn.recorder.values]
+    return dict(weights=learn.model.state_dict(), losses=raw.losses, values=values)
 
 
-def theirs(folder):
+def foreign_loaders(folder):
     "Losses with DataLoaders of fastai's own. All ranks but 0 shuffle by chance: the order of rank 0 counts."
-    dls = ImageDataLoaders.from_lists('.', folder_images(folder).files, [0]*IMAGES, item_tfms=Resize(40, method='squish'), bs=16, valid_pct=0., seed=0, num_workers=0)
+    dls = ImageDataLoaders.from_lists('.', folder_images(folder).files, [0]*IMAGES, bs=16, valid_pct=0., seed=0,
+                                      item_tfms=Resize(40, method='squish'), num_workers=0)
     dls.train.shuffle = os.environ.get('RANK', '0') != '0'
     learn = simclr_learner(dls, 'resnet18_0.25x', size=32, temperature=1.)
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.pretrain(1, lr=.003, cbs=(raw := RawLosses()))
+    raw = RawLosses()
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.pretrain(1, lr=.003, cbs=raw)
     return raw.losses
 
 
 def a_process(rank, world, port, folder):
     torch.set_num_threads(1)
-    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost', MASTER_PORT=str(port))
-    told = dict(double=train(folder, True, .1), single=train(folder, False, .003, 64, temperature=1.), theirs=theirs(folder))
-    torch.save(told, f'{folder}.{world}.{rank}')
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost',
+                          MASTER_PORT=str(port))
+    results = dict(double=train(folder, True, .1), single=train(folder, False, .003, 64, temperature=1.),
+                   foreign=foreign_loaders(folder))
+    torch.save(results, f'{folder}.{world}.{rank}')
 
 
 def free_port():
@@ -75,7 +85,7 @@ def free_port():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "What every process of 1, of 2 and of 4 has to tell."
+    "The results of every process of 1, of 2 and of 4."
     folder = tmp_path_factory.mktemp('run')/'images'
     folder.mkdir()
     for i in range(IMAGES):
@@ -83,46 +93,49 @@ def runs(tmp_path_factory):
         Image.fromarray(coarse).resize((60, 50), Image.BICUBIC).save(folder/f'{i:02}.png')
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['simclr_nb.learner', 'fastai.vision.data'])
-    told = {}
+    results = {}
     for world in (1, 2, 4):
         port = free_port()
         processes = [context.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)]
         for p in processes: p.start()
         for p in processes: p.join(300)
         assert [p.exitcode for p in processes] == [0]*world
-        told[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
-    return told
+        results[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
+    return results
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_the_weights_agree_in_double_precision(runs, world):
     one = runs[1][0]['double']
-    assert len(one['losses']) == STEPS and one['losses'][0] > one['losses'][-1] + .1, 'it learns: these are not runs that stand still'
-    for told in runs[world]:
-        for k, v in one['weights'].items(): torch.testing.assert_close(told['double']['weights'][k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
+    assert len(one['losses']) == STEPS
+    assert one['losses'][0] > one['losses'][-1] + .1, 'it learns: these are not runs that stand still'
+    for result in runs[world]:
+        weights = result['double']['weights']
+        for k, v in one['weights'].items():
+            torch.testing.assert_close(weights[k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_the_losses_agree_in_single_precision(runs, world):
-    "With small steps: at the rate of the test above a rounding error grows tenfold every few steps, in one process as in several."
+    "With small steps: at the rate of the test above a rounding error grows tenfold every few steps."
     one = runs[1][0]['single']['losses']
-    for told in runs[world]: torch.testing.assert_close(told['single']['losses'], one, rtol=1e-5, atol=0)
+    for result in runs[world]: torch.testing.assert_close(result['single']['losses'], one, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_what_is_recorded_does_not_depend_on_the_number_of_processes(runs, world):
-    for told in runs[world]:
-        torch.testing.assert_close(told['double']['values'], runs[1][0]['double']['values'], rtol=1e-5, atol=1e-5)
+    for result in runs[world]:
+        torch.testing.assert_close(result['double']['values'], runs[1][0]['double']['values'], rtol=1e-5, atol=1e-5)
 
 
 def test_all_processes_have_the_same_weights_to_the_last_bit(runs):
     for world in (2, 4):
         for kind in ('double', 'single'):
-            first, *rest = [told[kind]['weights'] for told in runs[world]]
+            first, *rest = [result[kind]['weights'] for result in runs[world]]
             for other in rest:
                 for k, v in first.items(): assert torch.equal(other[k], v), k
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_loaders_of_ones_own_are_shared_too(runs, world):
-    for told in runs[world]: torch.testing.assert_close(told['theirs'], runs[1][0]['theirs'], rtol=1e-5, atol=0)
+    for result in runs[world]: torch.testing.assert_close(result['foreign'], runs[1][0]['foreign'], rtol=1e-5, atol=0)

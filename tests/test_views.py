@@ -1,9 +1,10 @@
 "What an image's views are depends on seed, epoch and image alone: not on workers, batches, or an interruption."
 import numpy as np, pytest, torch
 from PIL import Image
-from simclr_nb.operations import broader_augmentations
-from simclr_nb.augmentations import cut_views, make_views, simclr_augmentations
-from simclr_nb.data import folder_images, pair_loaders
+
+from simclr_nb.augmentations import crop_views, make_views, simclr_augmentations
+from simclr_nb.data import folder_images, train_loader
+from simclr_nb.operations import apply_cpu, broader_augmentations
 
 IMAGES, SEED = 32, 3
 
@@ -21,23 +22,26 @@ def images(tmp_path_factory):
     return folder_images(folder)
 
 
-def views_of(images, augment, epoch=0, bs=8, num_workers=0, order=None, skip=0):
-    "All views of an epoch, by image, through loader and augmentation."
-    dls = pair_loaders(images, augment, bs, SEED, num_workers, device='cpu')
-    dls.train.start, dls.train.done = epoch, skip//bs
-    if order: dls.train.get_idxs = order(dls.train.get_idxs)
-    got = {}
-    for crops, rows, idxs in dls.train:
-        views = make_views(augment, crops, rows)
+def views_of(images, augment, epoch=0, batch_size=8, num_workers=0, backwards=False, skip=0):
+    "All views of an epoch, by image, through loader and augmentation; the first `skip` images are left out."
+    loader, got = train_loader(images, augment, batch_size, SEED, num_workers), {}
+    sampler = loader.batch_sampler
+    sampler.step = sampler.steps(epoch) + skip//batch_size
+    last = IMAGES//batch_size - 1
+    if backwards: sampler.batch = lambda step: type(sampler).batch(sampler, last - step)[::-1]
+    for crops, params, idxs in loader:
+        views = make_views(augment, crops, params, apply_cpu)
         got |= {int(i): views[[k, k + len(idxs)]] for k, i in enumerate(idxs)}
     return got
 
 
-def backwards(idxs): return lambda: idxs()[::-1]
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
 
 
-@pytest.fixture(scope='module', params=[simclr_augmentations(40), broader_augmentations(40, p=.5)], ids=['paper', 'broader'])
+recipes = dict(paper=simclr_augmentations(40), broader=broader_augmentations(40, p=.5))
+
+
+@pytest.fixture(scope='module', params=recipes.values(), ids=recipes)
 def augment(request): return request.param
 
 
@@ -58,8 +62,8 @@ def test_workers_change_nothing(images, augment, epoch0, num_workers):
 
 
 def test_other_orders_and_batches_change_nothing(images, augment, epoch0):
-    assert equal(views_of(images, augment, order=backwards), epoch0)
-    assert equal(views_of(images, augment, bs=16, num_workers=2), epoch0)
+    assert equal(views_of(images, augment, backwards=True), epoch0)
+    assert equal(views_of(images, augment, batch_size=16, num_workers=2), epoch0)
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
@@ -70,16 +74,16 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_the_same_views(images, augme
     assert all(torch.equal(rest[i], epoch0[i]) for i in rest)
 
 
-def test_views_cut_on_the_device_depend_on_the_key_alone(augment):
+def test_views_cropped_on_the_device_depend_on_the_key_alone(augment):
     x = torch.rand(6, 3, 50, 60, generator=torch.Generator().manual_seed(0))
-    whole = cut_views(augment, x, SEED, epoch=2)
-    part = cut_views(augment, x[4:], SEED, epoch=2, first=4)
+    whole = crop_views(augment, x, SEED, epoch=2)
+    part = crop_views(augment, x[4:], SEED, epoch=2, first=4)
     assert torch.equal(part, whole[[4, 5, 10, 11]])
 
 
 def test_each_draw_is_that_of_its_key(images):
     augment = simclr_augmentations(40)
-    boxes, rows = augment.draw_views((SEED, 0, 7), 200, 150)
+    boxes, params = augment.draw_views((SEED, 0, 7), 200, 150)
     for _ in range(3): augment.draw_views((SEED, 0, 8), 200, 150)
     again = augment.draw_views((SEED, 0, 7), 200, 150)
-    assert boxes == again[0] and all((a == b).all() for a, b in zip(rows, again[1]))
+    assert boxes == again[0] and all((a == b).all() for a, b in zip(params, again[1]))

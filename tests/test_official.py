@@ -1,6 +1,7 @@
-"""The official checkpoints: against the official forward pass, against an oracle on small files, and against damage.
+"""The official checkpoints: against the official forward pass, a reference for small files, and damage.
 
-The large golden files are looked for in ../shared/golden, or where SIMCLR_GOLDEN says; without them those tests are skipped."""
+The large golden files are looked for in ../shared/golden, or where SIMCLR_GOLDEN says; without them their tests
+are skipped."""
 import os, pickle, random, resource, signal, struct, subprocess, sys, tarfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,11 @@ from torch.testing import assert_close
 
 import tensor_bundle as tb
 from simclr_nb.core import BadCheckpoint
-from simclr_nb.bundle import Entry, _table, read_index
-from simclr_nb.official import _compare, _network, center_crop, load_official, official_names, preprocess
+from simclr_nb.bundle import Entry, read_index, read_table
+from simclr_nb.encoder import MaxPoolSame, build_encoder, encoder_info, load_encoder, save_encoder
 from simclr_nb.export import convert, export_onnx, torchvision_state
-from simclr_nb.encoder import MaxPoolSame, build_encoder, load_encoder, save_encoder
-from simclr_nb.projection? import h_and_z
+from simclr_nb.official import (center_crop, check_tensors, empty_network, load_official, official_names,
+                                preprocess)
 
 root = Path(__file__).resolve().parents[1]
 golden = Path(os.environ.get('SIMCLR_GOLDEN', root.parent/'shared'/'golden'))
@@ -28,10 +29,14 @@ def within(seconds):
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try: yield
-    finally: signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, before)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 def state(official):
-    return {f'{k}.{n}': t for k in ('encoder', 'head', 'classifier') if getattr(official, k) is not None for n, t in getattr(official, k).state_dict().items()}
+    "All tensors of what load_official gives."
+    parts = {k: getattr(official, k) for k in ('encoder', 'head', 'classifier')}
+    return {f'{k}.{n}': t for k, net in parts.items() if net is not None for n, t in net.state_dict().items()}
 
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -43,20 +48,26 @@ def far(a, b): return ((a - b).norm()/b.norm()).item()
 @pytest.fixture(scope='session')
 def real(tmp_path_factory):
     "The golden checkpoints, unpacked."
-    if not (golden/'checkpoints.tar.xz').exists(): pytest.skip(f'no golden checkpoints: {golden}/checkpoints.tar.xz is not there (SIMCLR_GOLDEN may name another folder)')
+    archive = golden/'checkpoints.tar.xz'
+    if not archive.exists():
+        pytest.skip(f'no golden checkpoints: {archive} is not there (SIMCLR_GOLDEN may name another folder)')
     folder = tmp_path_factory.mktemp('golden')
-    with tarfile.open(golden/'checkpoints.tar.xz') as f: f.extractall(folder, filter='data')
+    with tarfile.open(archive) as f: f.extractall(folder, filter='data')
     return folder
 
-@pytest.mark.parametrize('name, arch, stem', [('resnet18_1x_32_head', 'resnet18', 'cifar'), ('resnet50_1x_224_head', 'resnet50', 'imagenet')])
+@pytest.mark.parametrize('name, arch, stem', [
+    ('resnet18_1x_32_head', 'resnet18', 'cifar'), ('resnet50_1x_224_head', 'resnet50', 'imagenet')])
 @torch.no_grad()
 def test_golden_parity(real, name, arch, stem):
     encoder, head, classifier, rest = load_official(real/name)
-    want = {k: torch.from_numpy(v) for k, v in np.load(real/name/'forward.npz').items() if v.dtype != 'O' and v.dtype.kind != 'U'}
-    h, z = h_and_z(encoder, head, want['input_bhwc_u8'].permute(0, 3, 1, 2)/255)
+    forward = np.load(real/name/'forward.npz')
+    want = {k: torch.from_numpy(forward[k]) for k in ('input_bhwc_u8', 'h', 'z', 'logits')}
+    h = encoder(want['input_bhwc_u8'].permute(0, 3, 1, 2)/255)
+    z = head(h)
     assert far(h, want['h']) < 1e-5 and far(z, want['z']) < 1e-5 and far(classifier(h), want['logits']) < 1e-5
     assert_close(h, want['h'], rtol=1e-4, atol=1e-4*want['h'].abs().max().item())
-    assert rest == ['global_step'] and encoder.config['arch'] == arch and encoder.config['stem'] == stem
+    info = encoder_info(encoder)
+    assert rest == ['global_step'] and info['arch'] == arch and info['stem'] == stem
 
 @torch.no_grad()
 def test_golden_in_torchvision_and_timm(real):
@@ -64,7 +75,8 @@ def test_golden_in_torchvision_and_timm(real):
     import timm, torchvision
     encoder, _, classifier, _ = load_official(real/'resnet50_1x_224_head')
     want = np.load(real/'resnet50_1x_224_head/forward.npz')
-    x, logits = torch.from_numpy(want['input_bhwc_u8']).permute(0, 3, 1, 2)/255, torch.from_numpy(want['logits'])
+    x = torch.from_numpy(want['input_bhwc_u8']).permute(0, 3, 1, 2)/255
+    logits = torch.from_numpy(want['logits'])
     for net in (torchvision.models.resnet50(num_classes=10), timm.create_model('resnet50', num_classes=10)):
         net.load_state_dict(torchvision_state(encoder, classifier))
         assert far(net.eval()(x), logits) > 1e-3
@@ -77,7 +89,9 @@ def test_the_writer_writes_what_tensorflow_wrote(real, name, tmp_path):
     crc32c = pytest.importorskip('google_crc32c').value
     entries, _ = read_index(real/name/'model.ckpt-12345.index')
     data = (real/name/'model.ckpt-12345.data-00000-of-00001').read_bytes()
-    tensors = {n: np.frombuffer(data, {1: '<f4', 9: '<i8'}[e.dtype], int(np.prod(e.shape)), e.offset).reshape(e.shape) for n, e in entries.items()}
+    types = {1: '<f4', 9: '<i8'}
+    tensors = {n: np.frombuffer(data, types[e.dtype], int(np.prod(e.shape)), e.offset).reshape(e.shape)
+               for n, e in entries.items()}
     tb.write_bundle(tmp_path/'again', tensors, crc=crc32c)
     assert (tmp_path/'again.index').read_bytes() == (real/name/'model.ckpt-12345.index').read_bytes()
     assert (tmp_path/'again.data-00000-of-00001').read_bytes() == data
@@ -86,7 +100,8 @@ def test_golden_center_crop():
     places = [root/'tests'/'golden'/'augment.npz'] + [golden/'augment.npz']*(golden/'augment.npz').exists()
     for place in places:
         pairs = np.load(place)
-        for key in [k.removesuffix('/input') for k in pairs if k.startswith('center_crop') and k.endswith('/input')]:
+        crops = [k for k in pairs if k.startswith('center_crop') and k.endswith('/input')]
+        for key in [k.removesuffix('/input') for k in crops]:
             want, image = pairs[f'{key}/output'], torch.from_numpy(pairs[f'{key}/input']).permute(2, 0, 1)
             got = center_crop(image/255, *want.shape[:2])
             assert_close(got.permute(1, 2, 0), torch.from_numpy(want), rtol=0, atol=1e-6)
@@ -95,7 +110,7 @@ def test_golden_center_crop():
                 assert_close(pil, got.clamp(0, 1), rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------- small files, an oracle
+# ---------------------------------------------------------------- small files, a reference
 
 def forward(t, x, blocks, bottleneck):
     "The official network, read off its tensors in their order of creation; x (B, H, W, 3)."
@@ -104,20 +119,22 @@ def forward(t, x, blocks, bottleneck):
     def bn(x, scope):
         mean, var, gamma = (t[f'{scope}/{k}'] for k in ('moving_mean', 'moving_variance', 'gamma'))
         shape = (1, -1) + (1,)*(x.ndim - 2)
-        return ((x - mean.view(shape))/(var.view(shape) + 1e-5).sqrt()*gamma.view(shape)) + t.get(f'{scope}/beta', mean*0).view(shape)
+        beta = t.get(f'{scope}/beta', mean*0)
+        return (x - mean.view(shape))/(var.view(shape) + 1e-5).sqrt()*gamma.view(shape) + beta.view(shape)
     def conv(x, stride=1):
         nonlocal n
         number, n = f'_{n}' if n else '', n + 1
         w = t[f'base_model/conv2d{number}/kernel'].permute(3, 2, 0, 1)
-        return bn(F.conv2d(x, w, stride=stride, padding=(w.shape[-1] - 1)//2), f'base_model/batch_normalization{number}')
+        x = F.conv2d(x, w, stride=stride, padding=(w.shape[-1] - 1)//2)
+        return bn(x, f'base_model/batch_normalization{number}')
     big = t['base_model/conv2d/kernel'].shape[0] == 7
     x = conv(x, 2 if big else 1).relu()
     if big: # 3 × 3, stride 2; TensorFlow pads even sides at the end only
         odd = x.shape[-1] % 2
         x = F.max_pool2d(F.pad(x, (odd, 1, odd, 1), value=-torch.inf), 3, 2)
-    for group, repeat in enumerate(blocks):
+    for stage, repeat in enumerate(blocks):
         for b in range(repeat):
-            stride = 2 if b == 0 and group else 1
+            stride = 2 if b == 0 and stage else 1
             shortcut = conv(x, stride) if b == 0 else x
             y = conv(x, 1 if bottleneck else stride).relu()
             y = conv(y, stride if bottleneck else 1)
@@ -130,34 +147,46 @@ def forward(t, x, blocks, bottleneck):
         if i < layers - 1: z = z.relu()
     return h, z, h @ t['head_supervised/linear_layer/dense/kernel'] + t['head_supervised/linear_layer/dense/bias']
 
-@pytest.mark.parametrize('depth, blocks, stem, size, head', [(18, (2, 2, 2, 2), 3, 32, (None, 16)), (34, (3, 4, 6, 3), 7, 70, (20, 8)),
-    (50, (3, 4, 6, 3), 7, 64, (None, 16)), (50, (3, 4, 6, 3), 3, 32, (None, None, 16)), (101, (3, 4, 23, 3), 7, 64, (None, 16)), (152, (3, 8, 36, 3), 7, 64, (None, 16))])
+@pytest.mark.parametrize('depth, blocks, stem, size, head', [
+    (18, (2, 2, 2, 2), 3, 32, (None, 16)), (34, (3, 4, 6, 3), 7, 70, (20, 8)),
+    (50, (3, 4, 6, 3), 7, 64, (None, 16)), (50, (3, 4, 6, 3), 3, 32, (None, None, 16)),
+    (101, (3, 4, 23, 3), 7, 64, (None, 16)), (152, (3, 8, 36, 3), 7, 64, (None, 16))])
 @torch.no_grad()
-def test_small_checkpoint_against_an_oracle(tmp_path, depth, blocks, stem, size, head):
+def test_small_checkpoint_against_a_reference(tmp_path, depth, blocks, stem, size, head):
     t = tb.official_tensors(depth, .0625, stem, head, seed=depth)
     for k in t: # as after training: branches that matter, but do not explode
         if k.startswith('base_model') and k.endswith('gamma'): t[k] *= np.float32(.7)
     x = np.random.default_rng(1).uniform(0, 1, (2, size, size, 3)).astype('float32')
     encoder, g, classifier, rest = load_official(tb.write_bundle(tmp_path/'model.ckpt-7', t, shards=3, block_size=500))
-    h, z = h_and_z(encoder, g, torch.from_numpy(x).permute(0, 3, 1, 2))
+    h = encoder(torch.from_numpy(x).permute(0, 3, 1, 2))
+    z = g(h)
     assert (classifier is None) == (len(head) > 2)
     for ours, want in zip((h, z, classifier(h) if classifier else None), forward(t, x, blocks, depth >= 50)):
         if ours is not None: assert far(ours.double(), want) < 1e-5
-    assert encoder.config['arch'] == f'resnet{depth}_0.0625x'
+    assert encoder_info(encoder)['arch'] == f'resnet{depth}_0.0625x'
     assert rest == ['global_step'] + [k for k in sorted(t) if k.startswith('head_supervised')]*(classifier is None)
-    assert all(p.requires_grad and not p.is_meta for p in encoder.parameters()) and not any(b.is_meta for b in encoder.buffers())
+    assert all(p.requires_grad and not p.is_meta for p in encoder.parameters())
+    assert not any(b.is_meta for b in encoder.buffers())
 
 @pytest.mark.parametrize('width', [1, 2, 4])
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
 def test_depth_and_width_are_found(depth, width):
     "From shapes alone, at the sizes of the paper; every name has its tensor."
     small = tb.official_tensors(depth, .0625, 7, (None, None))
-    wide = lambda n, c: c if c in (3, 7) and 'kernel' in n else c*16*width
-    entries = {n: Entry(1, tuple(wide(n, c) if i >= a.ndim - 2 and 'supervised' not in n or i == 0 and 'linear_layer/dense/kernel' in n else c for i, c in enumerate(a.shape)), 0, 0, 0, 0)
-        for n, a in small.items() if n != 'global_step'}
-    net = _network(entries)
-    _compare(net, official_names(net), entries)
-    assert net['encoder'].config['arch'] == f'resnet{depth}' + (f'_{width}x' if width > 1 else '')
+    def is_wide(name, axis, ndim):
+        "Does this axis of a tensor grow with the network's width?"
+        if 'supervised' in name: return axis == 0 and name.endswith('linear_layer/dense/kernel')
+        return axis >= ndim - 2
+    def widened(name, axis, ndim, c):
+        if not is_wide(name, axis, ndim) or c in (3, 7) and 'kernel' in name: return c
+        return c*16*width
+    entries = {}
+    for n, a in small.items():
+        shape = tuple(widened(n, i, a.ndim, c) for i, c in enumerate(a.shape))
+        if n != 'global_step': entries[n] = Entry(1, shape, 0, 0, 0, 0)
+    net = empty_network(entries)
+    check_tensors(net, official_names(net), entries)
+    assert encoder_info(net['encoder'])['arch'] == f'resnet{depth}' + (f'_{width}x' if width > 1 else '')
     assert all(p.is_meta for p in net.parameters())
 
 
@@ -171,10 +200,14 @@ def write(folder, change=lambda t: None, **kwargs):
     return tb.write_bundle(folder/'model.ckpt-12345', t, **kwargs)
 
 def test_parts_may_be_absent(tmp_path):
-    drop = lambda scope: lambda t: [t.pop(k) for k in list(t) if k.startswith(scope)]
-    bare = load_official(write(tmp_path, lambda t: (drop('head_')(t), drop('global_step')(t))))
+    def drop(*scopes):
+        def change(t):
+            for k in list(t):
+                if k.startswith(scopes): t.pop(k)
+        return change
+    bare = load_official(write(tmp_path, drop('head_', 'global_step')))
     assert bare.head is bare.classifier is None and bare.bookkeeping == []
-    published = load_official(write(tmp_path, drop('head_contrastive')))      # as the v1 files are
+    published = load_official(write(tmp_path, drop('head_contrastive'))) # as the v1 files are
     assert published.head is None and published.classifier.weight.shape == (5, 32)
 
 def test_linear_head(tmp_path):
@@ -186,44 +219,59 @@ def test_linear_head(tmp_path):
     assert head.kind == 'linear' and head(torch.rand(3, 32)).shape == (3, 8)
 
 def test_bookkeeping_is_named(tmp_path):
+    learned = [k for k in small if k.endswith(('kernel', 'gamma', 'beta', 'bias'))]
     def trained(t):
         for k in list(t): t[f'ema_model/{k}'] = t[k]
-        for k in small:
-            if k.endswith(('kernel', 'gamma', 'beta', 'bias')): t[f'{k}/Momentum'] = t[k]
+        for k in learned: t[f'{k}/Momentum'] = t[k]
     official = load_official(write(tmp_path, trained))
-    assert len(official.bookkeeping) == 1 + len(small) + sum(k.endswith(('kernel', 'gamma', 'beta', 'bias')) for k in small)
+    assert len(official.bookkeeping) == 1 + len(small) + len(learned)
     assert equal(state(official), state(load_official(write(tmp_path))))
-    with pytest.raises(BadCheckpoint, match=r'1 unknown: base_model/conv2d_99/kernel/Momentum'):
-        load_official(write(tmp_path, lambda t: t.update({'base_model/conv2d_99/kernel/Momentum': np.zeros(3, 'float32')})))
+    stray = 'base_model/conv2d_99/kernel/Momentum'
+    with pytest.raises(BadCheckpoint, match=f'1 unknown: {stray}'):
+        load_official(write(tmp_path, lambda t: t.update({stray: np.zeros(3, 'float32')})))
 
 @pytest.mark.parametrize('name', sorted(k for k in small if k != 'global_step'))
 def test_every_missing_tensor_is_named(tmp_path, name):
-    with pytest.raises(BadCheckpoint, match=f'1 missing: {name}\\.|{name} is missing'): load_official(write(tmp_path, lambda t: t.pop(name)))
+    with pytest.raises(BadCheckpoint, match=f'1 missing: {name}\\.|{name} is missing'):
+        load_official(write(tmp_path, lambda t: t.pop(name)))
+
+def put(name, *shape, dtype='float32'):
+    "A change that puts zeros into a checkpoint."
+    return lambda t: t.update({name: np.zeros(shape, dtype)})
 
 def test_unknown_and_misshapen_tensors_are_named(tmp_path):
+    conv, beta = 'base_model/conv2d_4/kernel', 'base_model/batch_normalization_3/beta'
+    def as_float64(t): t[conv] = t[conv].astype('float64')
+    def without_two(t):
+        t.pop(conv)
+        t.pop(beta)
     for change, words in (
-        (lambda t: t.update({'base_model/conv2d_21/kernel': np.zeros((3, 3, 32, 32), 'float32')}), '1 unknown: base_model/conv2d_21/kernel'),
-        (lambda t: t.update({'save_counter': np.zeros((), 'int64')}), '1 unknown: save_counter'),
-        (lambda t: t.update({'base_model/conv2d_4/kernel': np.zeros((3, 3, 4, 5), 'float32')}), r'1 of another shape: base_model/conv2d_4/kernel \(3, 3, 4, 5\) for \(3, 3, 4, 4\)'),
-        (lambda t: t.update({'head_contrastive/nl_0/dense/kernel': np.zeros((31, 32), 'float32')}), r'\(31, 32\) for \(32, 32\)'),
-        (lambda t: t.update({'base_model/conv2d/kernel': np.zeros(4, 'float32')}), r'has shape \(4,\), where 4 dimensions'),
-        (lambda t: t.update({'base_model/conv2d_4/kernel': t['base_model/conv2d_4/kernel'].astype('float64')}), '1 not float32'),
-        (lambda t: (t.pop('base_model/conv2d_4/kernel'), t.pop('base_model/batch_normalization_3/beta')), '2 missing: base_model/batch_normalization_3/beta, base_model/conv2d_4/kernel')):
+        (put('base_model/conv2d_21/kernel', 3, 3, 32, 32), '1 unknown: base_model/conv2d_21/kernel'),
+        (put('save_counter', dtype='int64'), '1 unknown: save_counter'),
+        (put(conv, 3, 3, 4, 5), rf'1 of another shape: {conv} \(3, 3, 4, 5\) for \(3, 3, 4, 4\)'),
+        (put('head_contrastive/nl_0/dense/kernel', 31, 32), r'\(31, 32\) for \(32, 32\)'),
+        (put('base_model/conv2d/kernel', 4), r'has shape \(4,\), where 4 dimensions'),
+        (as_float64, '1 not float32'),
+        (without_two, f'2 missing: {beta}, {conv}')):
         with pytest.raises(BadCheckpoint, match=words): load_official(write(tmp_path, change))
 
-def test_selective_kernels_are_recognised(tmp_path):
+def test_selective_kernels_are_recognized(tmp_path):
     "As in SimCLRv2: a stem of three 3 × 3 kernels, and in each block two streams and their mixing."
     def sk(t):
-        t['base_model/conv2d/kernel'], t['base_model/conv2d_1/kernel'] = np.zeros((3, 3, 3, 2), 'float32'), np.zeros((3, 3, 2, 2), 'float32')
-    with pytest.raises(BadCheckpoint, match='SimCLRv2 network with selective kernels'): load_official(write(tmp_path, sk))
+        put('base_model/conv2d/kernel', 3, 3, 3, 2)(t)
+        put('base_model/conv2d_1/kernel', 3, 3, 2, 2)(t)
+    with pytest.raises(BadCheckpoint, match='SimCLRv2 network with selective kernels'):
+        load_official(write(tmp_path, sk))
 
-@pytest.mark.parametrize('head, words', [(tb.header(big_endian=1), 'big-endian'), (tb.header(min_consumer=2), 'newer than version 1')])
+@pytest.mark.parametrize('head, words', [
+    (tb.header(big_endian=1), 'big-endian'), (tb.header(min_consumer=2), 'newer than version 1')])
 def test_headers_that_are_refused(tmp_path, head, words):
     with pytest.raises(BadCheckpoint, match=words): load_official(write(tmp_path, head=head))
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
     def no(*args, **kwargs): raise AssertionError('unpickled')
-    for place, name in ((pickle, 'load'), (pickle, 'loads'), (pickle, 'Unpickler'), (torch, 'load'), (np, 'load')): monkeypatch.setattr(place, name, no)
+    for place, name in ((pickle, 'load'), (pickle, 'loads'), (pickle, 'Unpickler'), (torch, 'load'), (np, 'load')):
+        monkeypatch.setattr(place, name, no)
     load_official(write(tmp_path))
 
 
@@ -255,70 +303,95 @@ def test_500_random_corruptions(tmp_path):
         file.write_bytes(corrupt(whole, rng))
         with within(20):
             try: got = state(load_official(prefix))
-            except BadCheckpoint as e: assert len(str(e)) > 20; outcomes['refused'] += 1
-            else: assert equal(got, good), f'wrong tensors at corruption {i} of {file.name}'; outcomes['equal'] += 1
+            except BadCheckpoint as e:
+                assert len(str(e)) > 20
+                outcomes['refused'] += 1
+            else:
+                assert equal(got, good), f'wrong tensors at corruption {i} of {file.name}'
+                outcomes['equal'] += 1
         file.write_bytes(whole)
     assert outcomes['refused'] > 400, outcomes
     assert equal(state(load_official(prefix)), good)
+
+def seal(data, kind=b'\0'):
+    "A block, its kind of compression, and a valid checksum."
+    return data + kind + struct.pack('<I', tb.masked(tb.crc32c(data + kind)))
+
+def footer(offset, where):
+    "The last 48 bytes of an index, with the place of the block that lists the blocks."
+    handles = tb.varint(0)*2 + tb.varint(offset) + tb.varint(len(where))
+    return handles.ljust(40, b'\0') + struct.pack('<Q', tb.MAGIC)
 
 def test_500_corruptions_under_valid_checksums(tmp_path):
     "The parser itself: the entries of the index are damaged and sealed again, so that no checksum tells."
     prefix, rng = write(tmp_path), random.Random(1)
     index = Path(f'{prefix}.index')
-    entries, refused = list(_table(index.read_bytes()).items()), 0
+    entries, refused = list(read_table(index.read_bytes()).items()), 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(250):
         changed, i = list(entries), rng.randrange(len(entries))
         name, value = changed[i]
-        changed[i] = (corrupt(name, rng), value) if name and rng.random() < .3 else (name, corrupt(value, rng))
+        if name and rng.random() < .3: changed[i] = corrupt(name, rng), value
+        else: changed[i] = name, corrupt(value, rng)
         index.write_bytes(tb.table(sorted(changed)))
         with within(20):
             try: load_official(prefix)
             except (BadCheckpoint, FileNotFoundError): refused += 1
     for _ in range(250): # the bytes of a block, lengths and all
         data = corrupt(tb.block(entries, 16), rng)
-        seal = lambda b: b + b'\0' + struct.pack('<I', tb.masked(tb.crc32c(b + b'\0')))
         where = tb.block([(b'z', tb.varint(0) + tb.varint(len(data)))], 1)
-        index.write_bytes(seal(data) + seal(where) + (tb.varint(0)*2 + tb.varint(len(data) + 5) + tb.varint(len(where))).ljust(40, b'\0') + struct.pack('<Q', tb.MAGIC))
+        index.write_bytes(seal(data) + seal(where) + footer(len(data) + 5, where))
         with within(20):
             try: load_official(prefix)
             except (BadCheckpoint, FileNotFoundError): refused += 1
     assert refused > 350
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000      # kB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000 # kB
+
+def replace(prefix, name, value):
+    "Write another value for a name into an index."
+    index = Path(f'{prefix}.index')
+    table = read_table(index.read_bytes()) | {name.encode(): value}
+    index.write_bytes(tb.table(sorted(table.items())))
 
 @pytest.mark.parametrize('value, words', [
-    (tb.entry(1, (2**40,), 0, 0, 2**42, 0), 'cut off'), (tb.entry(1, (2**62, 4), 0, 0, 16, 0), 'cannot have 16 bytes'),
-    (tb.entry(1, (4,), 7, 0, 16, 0), 'is missing: a checkpoint is its index and its data'), (tb.entry(1, (4,), 0, 2**63, 16, 0), 'cut off'),
-    (tb.entry(1, (4,), 0, 0, 16, 0) + tb.field(7, b'\x0a\x00'), 'slices'), (tb.field(1, 1) + tb.field(2, 5), 'wrong kind'), (b'\x0f', 'no field of kind 7'),
-    (b'\x12\xff\xff\xff\xff\x0f', 'runs over its end'), (b'\x80'*12, 'more than ten bytes')])
+    (tb.entry(1, (2**40,), 0, 0, 2**42, 0), 'cut off'),
+    (tb.entry(1, (2**62, 4), 0, 0, 16, 0), 'cannot have 16 bytes'),
+    (tb.entry(1, (4,), 7, 0, 16, 0), 'is missing: a checkpoint is its index and its data'),
+    (tb.entry(1, (4,), 0, 2**63, 16, 0), 'cut off'),
+    (tb.entry(1, (4,), 0, 0, 16, 0) + tb.field(7, b'\x0a\x00'), 'slices'),
+    (tb.field(1, 1) + tb.field(2, 5), 'wrong kind'),
+    (b'\x0f', 'no field of kind 7'),
+    (b'\x12\xff\xff\xff\xff\x0f', 'runs over its end'),
+    (b'\x80'*12, 'more than ten bytes')])
 def test_sizes_that_lie(tmp_path, value, words):
     "Nothing is allocated on the word of a number."
     prefix = write(tmp_path)
-    table = _table(Path(f'{prefix}.index').read_bytes()) | {b'base_model/batch_normalization/beta': value}
-    Path(f'{prefix}.index').write_bytes(tb.table(sorted(table.items())))
+    replace(prefix, 'base_model/batch_normalization/beta', value)
     with within(20), pytest.raises((BadCheckpoint, FileNotFoundError), match=words): load_official(prefix)
 
-@pytest.mark.parametrize('name', ['base_model/conv2d/kernel', 'head_contrastive/nl_0/dense/kernel', 'head_contrastive/nl_1/dense/kernel', 'head_supervised/linear_layer/dense/kernel'])
+@pytest.mark.parametrize('name', ['base_model/conv2d/kernel', 'head_contrastive/nl_0/dense/kernel',
+    'head_contrastive/nl_1/dense/kernel', 'head_supervised/linear_layer/dense/kernel'])
 @pytest.mark.parametrize('size', [2**62, 2**63])
 def test_sizes_that_lie_under_another_type(tmp_path, name, size):
     "Only of types with a known width can the size be checked; no other decides about the network."
     prefix = write(tmp_path)
-    shape = small[name].shape[:-1] + (size,)
-    table = _table(Path(f'{prefix}.index').read_bytes()) | {name.encode(): tb.entry(7, shape, 0, 0, 16, 0)}
-    Path(f'{prefix}.index').write_bytes(tb.table(sorted(table.items())))
+    replace(prefix, name, tb.entry(7, small[name].shape[:-1] + (size,), 0, 0, 16, 0))
     with within(20), pytest.raises(BadCheckpoint, match=f'1 not float32: {name}'): load_official(prefix)
 
 def test_tables_that_are_refused(tmp_path):
-    seal = lambda b, kind=b'\0': b + kind + struct.pack('<I', tb.masked(tb.crc32c(b + kind)))
     def file(data, kind=b'\0', n=1):
-        where = tb.block([(bytes([97 + i]), tb.varint(0) + tb.varint(len(data))) for i in range(n)], 1)
-        start = len(seal(data, kind))
-        return seal(data, kind) + seal(where) + (tb.varint(0)*2 + tb.varint(start) + tb.varint(len(where))).ljust(40, b'\0') + struct.pack('<Q', tb.MAGIC)
+        "An index with the same block n times."
+        handles = [(bytes([97 + i]), tb.varint(0) + tb.varint(len(data))) for i in range(n)]
+        where = tb.block(handles, 1)
+        return seal(data, kind) + seal(where) + footer(len(seal(data, kind)), where)
     one = tb.block([(b'a', b'1'), (b'b', b'2')], 16)
-    assert _table(file(one)) == {b'a': b'1', b'b': b'2'}
-    for data, words in ((file(one, b'\1'), 'compressed'), (file(one, n=2), 'not in order'), (file(tb.block([(b'b', b''), (b'a', b'')], 16)), 'not in order'),
-        (file(tb.block([(b'a'*257, b'')], 16)), 'does not fit'), (file(b'\0\0\0'), 'too short'), (file(b'\xff'*8), 'wrong length'), (b'', 'cut off'), (b'x'*5000, 'cut off')):
-        with pytest.raises(BadCheckpoint, match=words): _table(data)
+    assert read_table(file(one)) == {b'a': b'1', b'b': b'2'}
+    for data, words in (
+        (file(one, b'\1'), 'compressed'), (file(one, n=2), 'not in order'),
+        (file(tb.block([(b'b', b''), (b'a', b'')], 16)), 'not in order'),
+        (file(tb.block([(b'a'*257, b'')], 16)), 'does not fit'), (file(b'\0\0\0'), 'too short'),
+        (file(b'\xff'*8), 'wrong length'), (b'', 'cut off'), (b'x'*5000, 'cut off')):
+        with pytest.raises(BadCheckpoint, match=words): read_table(data)
     (tmp_path/'huge.index').write_bytes(bytes(4_000_001))
     with pytest.raises(BadCheckpoint, match='4,000,001 bytes'): load_official(tmp_path/'huge')
 
@@ -335,12 +408,14 @@ def test_convert_command(tmp_path):
     "`simclr-convert PREFIX OUT`, then load_encoder: the same features, to the bit."
     prefix = write(tmp_path)
     command = Path(sys.executable).with_name('simclr-convert')
-    program = [command] if command.exists() else [sys.executable, '-c', 'from simclr_nb.cli import convert; convert()']
+    program = [sys.executable, '-c', 'from simclr_nb.cli import convert; convert()']
+    if command.exists(): program = [command]
     run = subprocess.run([*program, str(prefix), str(tmp_path/'out')], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     encoder, x = load_encoder(tmp_path/'out'/'encoder.safetensors'), torch.rand(3, 3, 32, 32)
     assert_close(encoder(x), load_official(prefix).encoder(x), rtol=0, atol=0)
-    assert encoder.config['preprocess'] == 'official' and encoder.config['licence'] == 'apache-2.0' and 'model.ckpt-12345' in encoder.config['source']
+    info = encoder_info(encoder)
+    assert info['preprocess'] == 'official' and info['license'] == 'apache-2.0' and 'model.ckpt-12345' in info['source']
 
 @torch.no_grad()
 def test_convert_to_timm_and_torchvision_files(tmp_path):
@@ -350,7 +425,8 @@ def test_convert_to_timm_and_torchvision_files(tmp_path):
     encoder = build_encoder('resnet50', 64)
     save_encoder(encoder, tmp_path/'encoder.safetensors')
     files = convert(tmp_path/'encoder.safetensors', tmp_path/'timm', 'timm')
-    net, x = timm.create_model('resnet50', num_classes=0, checkpoint_path=str(files[-1])), torch.rand(1, 3, 62, 62)       # 31 cells before the pool: odd
+    net = timm.create_model('resnet50', num_classes=0, checkpoint_path=str(files[-1]))
+    x = torch.rand(1, 3, 62, 62) # 31 cells before the pool: odd
     assert far(net.eval()(x), encoder.eval()(x)) < 1e-5
     files = convert(tmp_path/'encoder.safetensors', tmp_path/'torchvision', 'torchvision')
     net = torchvision.models.resnet50()
@@ -358,10 +434,11 @@ def test_convert_to_timm_and_torchvision_files(tmp_path):
     net.load_state_dict(load_file(files[-1]))
     assert far(net.eval()(x), encoder(x)) < 1e-5
 
-@pytest.mark.parametrize('arch, size', [('resnet18_0.25x', 32), ('resnet50_0.25x', 64), ('resnet50_0.25x', 75), ('vit_tiny_patch16_224', 64)])
+@pytest.mark.parametrize('arch, size', [
+    ('resnet18_0.25x', 32), ('resnet50_0.25x', 64), ('resnet50_0.25x', 75), ('vit_tiny_patch16_224', 64)])
 @torch.no_grad()
 def test_onnx_parity(tmp_path, arch, size):
-    pytest.importorskip('onnx', reason='ONNX export needs the package onnx'); pytest.importorskip('onnxscript', reason='ONNX export needs the package onnxscript')
+    for name in ('onnx', 'onnxscript'): pytest.importorskip(name, reason=f'ONNX export needs the package {name}')
     runtime = pytest.importorskip('onnxruntime', reason='parity needs the package onnxruntime')
     encoder = build_encoder(arch, size).eval()
     next(encoder.children()).train()
@@ -378,7 +455,8 @@ def test_onnx_parity(tmp_path, arch, size):
 @torch.no_grad()
 def test_torch_export_parity(arch, size):
     encoder = build_encoder(arch, size).eval()
-    program = torch.export.export(encoder, (torch.rand(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim('B')},)).module()
+    example = torch.rand(2, 3, size, size)
+    program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim('B')},)).module()
     for n in (1, 5):
         x = torch.rand(n, 3, size, size)
         assert_close(program(x), encoder(x))

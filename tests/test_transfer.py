@@ -1,21 +1,14 @@
-"The evaluation's protocols where a notebook's cell is too small: every dataset layout of the transfer table, and the watchers in several processes."
-import datetime, json, os, pickle, random, socket
+"Every layout of a data set in the transfer table, and what its linear protocol may look at."
+import json, pickle
 from hashlib import md5
-from pathlib import Path
 
-import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from PIL import Image
 from scipy.io import savemat
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 
-from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.data import ImageSet
-from simclr_nb.encoder import build_encoder
-from simclr_nb.callbacks import OnlineNeighbours, OnlineProbe
-from simclr_nb.transfer import find_transfer, transfer_linear, transfer_parts, transfer_sets
-from simclr_nb.labels import finetune
-from simclr_nb.learner import simclr_learner
+from simclr_nb.transfer import find_transfer, transfer_linear, transfer_sets, transfer_splits
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 RNG = np.random.default_rng(0)
@@ -49,9 +42,10 @@ def cars(root):
     base = root/'stanford_cars'
     (base/'devkit').mkdir(parents=True)
     savemat(base/'devkit/cars_meta.mat', {'class_names': np.array(list(HUES), dtype=object)})
-    for folder, file, n in (('cars_train', base/'devkit/cars_train_annos.mat', 6), ('cars_test', base/'cars_test_annos_withlabels.mat', 4)):
+    parts = ('cars_train', 'devkit/cars_train_annos.mat', 6), ('cars_test', 'cars_test_annos_withlabels.mat', 4)
+    for folder, file, n in parts:
         noted = [(f'{h}{i}.jpg', k + 1) for k, h in enumerate(HUES) for i in range(n)]
-        savemat(file, {'annotations': np.array(noted, dtype=[('fname', object), ('class', object)])})
+        savemat(base/file, {'annotations': np.array(noted, dtype=[('fname', object), ('class', object)])})
         for h, i in rows(n): picture(base/folder/f'{h}{i}.jpg', h)
 
 
@@ -120,19 +114,20 @@ def test_every_layout_gives_its_files_and_labels(every_set):
     found, left_out = find_transfer(every_set)
     assert set(left_out) == {'Birdsnap', 'VOC2007', 'DTD', 'Pets'} and all(left_out.values())
     sizes = {n: tuple(len(p[k]) if p[k] else 0 for k in ('train', 'val', 'test')) for n, p in found.items()}
-    assert sizes == {n: (18, 12, 12) if transfer_sets[n].val else (18, 0, 12) for n in found} | {'Caltech-101': (90, 0, 12)}
-    for name, parts in found.items():
-        for s in (p for p in parts.values() if p):
+    expected = {n: (18, 12, 12) if transfer_sets[n].val else (18, 0, 12) for n in found}
+    assert sizes == expected | {'Caltech-101': (90, 0, 12)}
+    for name, splits in found.items():
+        for s in filter(None, splits.values()):
             assert len(s.classes) == (102 if name == 'Flowers' else 3) and all(f.is_file() for f in s.files), name
             if name == 'Flowers': assert [list(HUES)[y] for y in s.labels] == [list(HUES)[hue_of(im)] for im in s]
             else: assert [y == hue_of(s[i]) for i, y in enumerate(s.labels)] == [True]*len(s), name
-        assert not {f.resolve() for f in parts['train'].files} & {f.resolve() for f in parts['test'].files}, name
+        assert not {f.resolve() for f in splits['train'].files} & {f.resolve() for f in splits['test'].files}, name
 
 
 def test_cifar_is_written_once_and_losslessly(every_set):
-    first = transfer_parts('CIFAR10', every_set)
+    first = transfer_splits('CIFAR10', every_set)
     times = [f.stat().st_mtime_ns for f in first['train'].files]
-    again = transfer_parts('CIFAR10', every_set)
+    again = transfer_splits('CIFAR10', every_set)
     assert [f.stat().st_mtime_ns for f in again['train'].files] == times
     data = datasets.CIFAR10(every_set, train=True).data
     assert all(np.array_equal(np.asarray(again['train'][i]), x) for i, x in enumerate(data))
@@ -141,7 +136,8 @@ def test_cifar_is_written_once_and_losslessly(every_set):
 def test_missing_partition_lists_are_named(tmp_path):
     sun(tmp_path)
     (tmp_path/'SUN397/Training_01.txt').unlink()
-    with pytest.warns(UserWarning, match='left out 1 of 1 sets.*SUN397'): found, left_out = find_transfer(tmp_path, ['SUN397'])
+    with pytest.warns(UserWarning, match='left out 1 of 1 sets.*SUN397'):
+        found, left_out = find_transfer(tmp_path, ['SUN397'])
     assert not found and 'official partitions' in left_out['SUN397']
 
 
@@ -157,65 +153,23 @@ def tone(): return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.F
 
 def test_linear_transfer_chooses_on_validation_images_only(every_set):
     "Wrong labels in the test set change the score and nothing else."
-    parts = transfer_parts('Aircraft', every_set)
-    kw = dict(metric='mean per class', size=32, strengths=np.logspace(-4, 2, 5), num_workers=0)
-    right = transfer_linear(tone(), parts, **kw)
-    assert right['mean per class'] == 100 and len(right['tried']) == 5
-    t = parts['test']
-    wrong = transfer_linear(tone(), parts | dict(test=ImageSet(t.files, (t.labels + 1) % 3, t.classes)), **kw)
-    assert wrong['tried'] == right['tried'] and wrong['chosen'] == right['chosen'] and wrong['mean per class'] == 0
+    splits = transfer_splits('Aircraft', every_set)
+    kw = dict(metric='balanced accuracy', size=32, l2=np.logspace(-4, 2, 5), num_workers=0)
+    right = transfer_linear(tone(), splits, **kw)
+    assert right['balanced accuracy'] == 100 and len(right['tried']) == 5
+    t = splits['test']
+    wrong = transfer_linear(tone(), splits | dict(test=ImageSet(t.files, (t.labels + 1) % 3, t.classes)), **kw)
+    assert wrong['tried'] == right['tried'] and wrong['chosen'] == right['chosen'] and wrong['balanced accuracy'] == 0
     np.testing.assert_array_equal(wrong['scores'], right['scores'])
 
 
 def test_linear_transfer_trains_on_both_parts_in_the_end(every_set):
     "The seam `fit`: what it is given, and that its answers are what is scored."
     asked = []
-    def fit(h, y, strengths):
-        asked.append((len(h), [float(s) for s in strengths]))
-        return lambda x: [-torch.cdist(x, torch.stack([h[y == c].mean(0) for c in range(3)])) for _ in strengths]
-    out = transfer_linear(tone(), transfer_parts('Flowers', every_set), 'mean per class', 32, strengths=[1., 2.], fit=fit, num_workers=0)
-    assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['mean per class'] == 100
-
-
-def test_finetuning_takes_a_grid_and_skips_what_diverges(every_set):
-    parts, encoder = transfer_parts('Food', every_set), build_encoder('resnet18_0.25x', 32)
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    out = finetune(encoder, parts['train'], parts['test'], 32, lr=[1e30, .02], wd=[0., 1e-4], steps=6, bs=9, share=.34, num_workers=0)
-    assert out['chosen'][0] == .02 and out['tried'][1e30, 0.] == -np.inf and len(out['tried']) == 4
-    for k, v in encoder.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
-
-
-AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())
-
-
-def pretrained(folder, watch, rank=0, world=1):
-    images = ImageSet(sorted(Path(folder).rglob('*.png')), [k for k in range(3) for _ in range(8)], list(HUES))
-    learn = simclr_learner(images, 'resnet18_0.25x', augment=AUGMENT, num_workers=0)
-    if world > 1: learn.model = DistributedDataParallel(learn.model)
-    cbs = [OnlineProbe(), OnlineNeighbours(images, every=2, k=5, num_workers=0)] if watch else []
-    torch.manual_seed(1); random.seed(1)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, lr=.1, cbs=cbs)
-    return learn, cbs, (torch.rand(1).item(), random.random())
-
-
-def one_process(rank, world, folder, port):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))     # as torchrun does; fastai reads them
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
-    try:
-        plain, _, after = pretrained(folder, False, rank, world)
-        learn, (probe, neighbours), after_watched = pretrained(folder, True, rank, world)
-        same = all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), learn.model.state_dict().values()))
-        torch.save(dict(same=same and after == after_watched, probe=probe.accuracy, neighbours=neighbours.accuracies), f'{folder}/{rank}.pt')
-    finally: dist.destroy_process_group()
-
-
-def test_watchers_in_two_processes(tmp_path):
-    "Under DistributedDataParallel training is untouched, and only the first process looks for neighbours."
-    for h, i in rows(8): picture(tmp_path/h/f'{i}.png', h)
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    mp.start_processes(one_process, (2, str(tmp_path), port), nprocs=2, start_method='spawn')
-    first, second = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
-    assert first['same'] and second['same']
-    assert list(first['neighbours']) == [2, 3] and second['neighbours'] == {}
-    assert first['probe'] is not None and 0 <= first['probe'] <= 100
+    def fit(h, y, l2):
+        asked.append((len(h), [float(v) for v in l2]))
+        centers = torch.stack([h[y == c].mean(0) for c in range(3)])
+        return lambda x: [-torch.cdist(x, centers) for _ in l2]
+    splits = transfer_splits('Flowers', every_set)
+    out = transfer_linear(tone(), splits, 'balanced accuracy', 32, l2=[1., 2.], fit=fit, num_workers=0)
+    assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['balanced accuracy'] == 100
