@@ -5,8 +5,10 @@ import pytest, timm, torch, torch.distributed as dist, torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr_nb.data import augmentations_for, load_images
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, learning_rate, param_groups
+from simclr_nb.learner import simclr_learner
 from simclr_nb.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_accuracy, contrastive_entropy, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
@@ -69,6 +71,26 @@ def test_lars_steps_are_those_of_the_whole_batch(micro_batch):
     for k, v in whole.weights().items(): torch.testing.assert_close(pieces.weights()[k], v, rtol=1e-10, atol=1e-12)
     for a, b in zip(whole.losses, pieces.losses, strict=True): torch.testing.assert_close(a, b)
     torch.testing.assert_close(pieces.metrics, whole.metrics)
+
+
+def pretrained(micro_batch):
+    "A learner after two epochs of `pretrain`."
+    cells, solar = load_images('solar_cells').subset(range(IMAGES)), augmentations_for('solar_cells', 32)
+    learn = simclr_learner(cells, Encoder(), augment=solar, head='none', num_workers=0, micro_batch=micro_batch)
+    plain = learn.loss_func
+    learn.loss_func = lambda *args: plain(*args).float()        # fastai's recorder wants single precision
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(EPOCHS, batch_size=BATCH, lr=3.)
+    return learn
+
+
+def test_steps_of_a_learner_are_those_of_the_whole_batch():
+    whole, pieces = pretrained(None), pretrained(3)
+    assert isinstance(whole.opt.opt, LARS) and len(whole.recorder.losses) == 6
+    assert (whole.model.encoder.net[0].weight - Encoder().net[0].weight).abs().max() > 1e-4, 'nothing was learned'
+    a, b = pieces.model.state_dict(), whole.model.state_dict()
+    for k, v in b.items(): torch.testing.assert_close(a[k], v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(list(pieces.recorder.losses), list(whole.recorder.losses))
+    torch.testing.assert_close(pieces.recorder.values[-1][:3], whole.recorder.values[-1][:3])
 
 
 def test_h_and_z_are_those_of_the_whole_batch_and_both_have_a_gradient():
