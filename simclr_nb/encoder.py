@@ -188,13 +188,14 @@ def feature_dim(
     size:int|None=None, # side of the images in pixels; None: what `encoder_info` says, else 224
 )->int: # d
     "The number of features per image: found with one gray image, or known."
-    known = encoder_info(encoder).get('feature_dim') if size is None else None
-    return known or _probed_dim(unwrap(encoder), size or 224)
+    known = encoder_info(encoder).get('feature_dim')
+    if size is None and known: return known
+    return _probed_dim(unwrap(encoder), 224 if size is None else size)
 
 # %% ../nbs/02_encoder.ipynb #6ca13cb4
 _NAMES = [f'resnet{d}{w}' for d in _LAYOUT for w in ('', '_2x', '_4x')]
-_ACCEPTED = ('Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; any name of timm.list_models(); '
-             'torchvision/ and a name of torchvision.models; an nn.Module.')
+_ACCEPTED = ('Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; '
+             'any name of timm.list_models(); torchvision/ and a name of torchvision.models; an nn.Module.')
 
 def _parse(arch):
     "(depth, width) for one of our names, None for others."
@@ -296,7 +297,8 @@ def encoder_config(
     path:str|Path, # a file from `save_encoder`
 )->dict: # arch, size, stem, feature_dim, format, version, and what the writer added
     "The description in an encoder file, without its weights."
-    hint = 'Is it a head? load_head reads those. Weights from elsewhere go into a module of yours, by its load_state_dict.'
+    hint = ('Is it a head? load_head reads those. '
+            'Weights from elsewhere go into a module of your own, with its load_state_dict.')
     return _understood(read_description(path, 'simclr_nb', 'save_encoder', hint), path)
 
 def _understood(config, path):
