@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import timm, torch, torch.nn.functional as F, torchvision
+import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from . import __version__
@@ -204,6 +204,7 @@ def _parse(arch):
 
 def _unknown(arch):
     "The error for a name that nobody knows."
+    import timm
     close = difflib.get_close_matches(arch.lower(), {*_NAMES, *timm.list_models()}, n=5)
     hint = f'; close to it: {", ".join(close)}' if close else ''
     return ValueError(f'unknown encoder {arch!r}{hint}. {_ACCEPTED}')
@@ -211,6 +212,7 @@ def _unknown(arch):
 # %% ../nbs/02_encoder.ipynb #a3de552e
 def _timm(name, size):
     "timm's network, without its classifier, for this size if it is tied to one."
+    import timm                                          # takes seconds: only where it is needed
     if not timm.is_model(name): raise _unknown(name)
     def make(**kwargs): return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     try: return make(img_size=size)
@@ -221,6 +223,7 @@ def _timm(name, size):
 # %% ../nbs/02_encoder.ipynb #bafa92ed
 def _torchvision(name, size):
     "torchvision's network, without its classifier."
+    import torchvision
     models = torchvision.models.list_models(module=torchvision.models)
     if name not in models:
         close = ', '.join(difflib.get_close_matches(name, models, n=5, cutoff=0))
