@@ -19,7 +19,6 @@ from typing import Callable, NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .core import get_rank, get_world_size, pixels, to_rgb
 from .augmentations import Augmentation, crop_resize, keyed_rng, simclr_augmentations
@@ -112,6 +111,7 @@ def stratified_split(
     seed:int=0, # the same seed gives the same split
 )->tuple: # (train, test)
     "Split a set in two by a fixed seed, with every class in proportion."
+    from sklearn.model_selection import train_test_split   # workers that decode do without it
     if images.labels is not None and (few := np.bincount(images.labels).min()) < 2:
         raise ValueError(f'cannot hold out a part of every class: the smallest class has {few} image')
     parts = train_test_split(range(len(images)), test_size=fraction, random_state=seed, stratify=images.labels)
