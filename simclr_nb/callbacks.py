@@ -39,8 +39,9 @@ class SanityChecks(Callback):
         scaler = getattr(self.learn, 'scaler', None)
         if scaler and scaler.is_enabled(): self.check_scale(scaler)
         elif not self.grad_norm.isfinite():
-            raise FloatingPointError(f'the gradient is not finite at step {self.step} (epoch {self.epoch}): stopped before '
-                'it reached the weights. Try a lower learning rate, a longer warm-up, or full precision.')
+            raise FloatingPointError(f'the gradient is not finite at step {self.step} (epoch {self.epoch}): '
+                'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, '
+                'or full precision.')
 
 # %% ../nbs/08a_callbacks.ipynb #10418990
 @patch
@@ -226,7 +227,8 @@ def find_labels(self:OnlineProbe)->torch.Tensor:
     "One label for each training image."
     dataset = self.dls.train.dataset
     if not isinstance(dataset, TwoCropDataset):
-        raise ValueError('OnlineProbe needs loaders that say which images a batch holds: give simclr_learner images, not DataLoaders')
+        raise ValueError('OnlineProbe needs loaders that say which images a batch holds: '
+                         'give simclr_learner images, not DataLoaders')
     labels = dataset.images.labels if self.labels is None else np.asarray(self.labels)
     if labels is None or labels.shape != (len(dataset),):
         got = 'none' if labels is None else len(labels)

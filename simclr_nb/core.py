@@ -38,6 +38,7 @@ def atomic_write(
     _sync_folder(path.parent)
     return path
 
+# %% ../nbs/00a_core.ipynb #8d855f6c
 def _sync_folder(folder):
     "Make sure that the new name, too, has reached the disk."
     if os.name != 'posix': return
@@ -64,6 +65,14 @@ def save_tensors(
     tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     return atomic_write(path, save(tensors, metadata))
 
+# %% ../nbs/00a_core.ipynb #0f574fb6
+def _metadata(path):
+    "The strings in the header of a safetensors file."
+    if not Path(path).is_file(): raise FileNotFoundError(f'there is no file {path}')
+    try:
+        with safe_open(path, 'pt') as f: return f.metadata() or {}
+    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}') from e
+
 # %% ../nbs/00a_core.ipynb #e93bc269
 def read_description(
     path:str|Path, # a file from `save_tensors`
@@ -79,15 +88,9 @@ def read_description(
     try: description = json.loads(metadata[name])
     except ValueError as e: raise ValueError(f'the description in {path} is damaged: it is not JSON ({e})') from e
     if not isinstance(description, dict):
-        raise ValueError(f'the description in {path} is damaged: it is a {type(description).__name__}, not a dictionary')
+        kind = type(description).__name__
+        raise ValueError(f'the description in {path} is damaged: it is a {kind}, not a dictionary')
     return description
-
-def _metadata(path):
-    "The strings in the header of a safetensors file."
-    if not Path(path).is_file(): raise FileNotFoundError(f'there is no file {path}')
-    try:
-        with safe_open(path, 'pt') as f: return f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}') from e
 
 # %% ../nbs/00a_core.ipynb #8fc62ec1
 def listing(
@@ -146,7 +149,8 @@ def to_rgb(
 def _scaled(x, mode):
     "Numbers of more than 8 bits, scaled to 8."
     white = 65535
-    if mode == 'F': white = next((w for w in (1, 255, 65535) if x.max() <= w), None)     # floats do not say what is white
+    if mode == 'F':                                             # floats do not say what is white
+        white = next((w for w in (1, 255, 65535) if x.max() <= w), None)
     if white is None or not (x.min() >= 0 and x.max() <= white):
         raise ValueError(f'its values lie between {x.min():g} and {x.max():g}: save it with 8 or 16 bits')
     return Image.fromarray((x*255/white).round().astype(np.uint8)).convert('RGB')

@@ -19,7 +19,6 @@ from typing import Callable, NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .core import get_rank, get_world_size, pixels, to_rgb
 from .augmentations import Augmentation, crop_resize, keyed_rng, simclr_augmentations
@@ -112,6 +111,7 @@ def stratified_split(
     seed:int=0, # the same seed gives the same split
 )->tuple: # (train, test)
     "Split a set in two by a fixed seed, with every class in proportion."
+    from sklearn.model_selection import train_test_split   # workers that decode do without it
     if images.labels is not None and (few := np.bincount(images.labels).min()) < 2:
         raise ValueError(f'cannot hold out a part of every class: the smallest class has {few} image')
     parts = train_test_split(range(len(images)), test_size=fraction, random_state=seed, stratify=images.labels)
@@ -132,7 +132,8 @@ def folder_splits(
 def solar_cells()->tuple: # (train, test), 1,968 and 656 images with four classes
     "Electroluminescence pictures of solar cells (ELPV, CC BY-NC-SA 4.0), cut by a fixed seed."
     spec = find_spec('elpv_dataset')
-    if spec is None: raise ImportError("'solar_cells' comes with the package elpv-dataset: pip install 'simclr_nb[demo]'")
+    if spec is None:
+        raise ImportError("'solar_cells' comes with the package elpv-dataset: pip install 'simclr_nb[demo]'")
     root = Path(spec.origin).parent/'data'
     rows = [line.split() for line in (root/'labels.csv').read_text().splitlines()]
     classes = ['mono, sound', 'mono, defective', 'poly, sound', 'poly, defective']
@@ -285,9 +286,11 @@ def check_batch(
 ):
     "A `ValueError` where no batch of pairs can be made."
     if batch_size < 2:
-        raise ValueError(f'a batch of {batch_size} has no negatives: contrastive learning needs a batch size of 2 or more')
+        raise ValueError(f'a batch of {batch_size} has no negatives: '
+                         'contrastive learning needs a batch size of 2 or more')
     if n < batch_size:
-        raise ValueError(f'{n} images are fewer than one batch of {batch_size}: choose a batch size of {n} or less, or add images')
+        raise ValueError(f'{n} images are fewer than one batch of {batch_size}: '
+                         f'choose a batch size of {n} or less, or add images')
 
 # %% ../nbs/06_data.ipynb #3a17f869
 class StepSampler(Sampler):

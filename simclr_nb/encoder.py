@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import timm, torch, torch.nn.functional as F, torchvision
+import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from . import __version__
@@ -188,13 +188,14 @@ def feature_dim(
     size:int|None=None, # side of the images in pixels; None: what `encoder_info` says, else 224
 )->int: # d
     "The number of features per image: found with one gray image, or known."
-    known = encoder_info(encoder).get('feature_dim') if size is None else None
-    return known or _probed_dim(unwrap(encoder), size or 224)
+    known = encoder_info(encoder).get('feature_dim')
+    if size is None and known: return known
+    return _probed_dim(unwrap(encoder), 224 if size is None else size)
 
 # %% ../nbs/02_encoder.ipynb #6ca13cb4
 _NAMES = [f'resnet{d}{w}' for d in _LAYOUT for w in ('', '_2x', '_4x')]
-_ACCEPTED = ('Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; any name of timm.list_models(); '
-             'torchvision/ and a name of torchvision.models; an nn.Module.')
+_ACCEPTED = ('Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; '
+             'any name of timm.list_models(); torchvision/ and a name of torchvision.models; an nn.Module.')
 
 def _parse(arch):
     "(depth, width) for one of our names, None for others."
@@ -203,6 +204,7 @@ def _parse(arch):
 
 def _unknown(arch):
     "The error for a name that nobody knows."
+    import timm
     close = difflib.get_close_matches(arch.lower(), {*_NAMES, *timm.list_models()}, n=5)
     hint = f'; close to it: {", ".join(close)}' if close else ''
     return ValueError(f'unknown encoder {arch!r}{hint}. {_ACCEPTED}')
@@ -210,6 +212,7 @@ def _unknown(arch):
 # %% ../nbs/02_encoder.ipynb #a3de552e
 def _timm(name, size):
     "timm's network, without its classifier, for this size if it is tied to one."
+    import timm                                          # takes seconds: only where it is needed
     if not timm.is_model(name): raise _unknown(name)
     def make(**kwargs): return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     try: return make(img_size=size)
@@ -220,6 +223,7 @@ def _timm(name, size):
 # %% ../nbs/02_encoder.ipynb #bafa92ed
 def _torchvision(name, size):
     "torchvision's network, without its classifier."
+    import torchvision
     models = torchvision.models.list_models(module=torchvision.models)
     if name not in models:
         close = ', '.join(difflib.get_close_matches(name, models, n=5, cutoff=0))
@@ -296,7 +300,8 @@ def encoder_config(
     path:str|Path, # a file from `save_encoder`
 )->dict: # arch, size, stem, feature_dim, format, version, and what the writer added
     "The description in an encoder file, without its weights."
-    hint = 'Is it a head? load_head reads those. Weights from elsewhere go into a module of yours, by its load_state_dict.'
+    hint = ('Is it a head? load_head reads those. '
+            'Weights from elsewhere go into a module of your own, with its load_state_dict.')
     return _understood(read_description(path, 'simclr_nb', 'save_encoder', hint), path)
 
 def _understood(config, path):

@@ -59,7 +59,7 @@ def checkpoint_activations(
     model:nn.Module, # changed in place
     blocks=None, # modules to run twice; None: the innermost that stand in an `nn.Sequential` and have parts
 )->nn.Module: # the model
-    "Keep only what goes into each block, and run the block again in the backward pass: same gradient, less memory, more time."
+    "Keep only what goes into each block, and run it again in the backward pass: same gradient, less memory, more time."
     blocks = list(_blocks(model) if blocks is None else blocks)
     if not blocks:
         raise ValueError(f'found no blocks in {type(model).__name__}: name the modules to run twice, '
@@ -100,6 +100,7 @@ def _local(kind):
     "The class of a batch norm before `global_batch_norm` changed it."
     return next(c for c in kind.__mro__ if c.__module__ != global_batch_norm.__module__)
 
+# %% ../nbs/07a_memory.ipynb #8995dd8d
 def _step_on_paper(model, n, size, dtype):
     "Bytes kept after the forward pass over n images (both views), and the most until the backward pass ends."
     model.zero_grad()

@@ -12,7 +12,6 @@ from functools import singledispatch
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 from .augmentations import Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale
 from .augmentations import RandomResizedCrop, RandomTransform, simclr_augmentations
 from .augmentations import check_images, keyed_rng, luma, per_image, to_grayscale
@@ -167,6 +166,7 @@ class AutoAugment(RandomTransform):
         p:float=1.,
     ):
         super().__init__(p)
+        from torchvision.transforms import v2            # takes seconds: only where it is needed
         self.policy = v2.AutoAugment(v2.AutoAugmentPolicy(policy))
     def draw_params(self, rng): return [rng.integers(1, 2**24)]
     def apply(self, x, params):

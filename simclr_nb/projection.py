@@ -91,7 +91,8 @@ def projection_head(
         raise ValueError(f'sizes are 1 or more, got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}')
     if kind in ('none', 'linear') and layers != 2:
         raise ValueError(f"layers counts the matrices of a 'nonlinear' head; leave it out for {kind!r}, got {layers}")
-    if layers < 2: raise ValueError(f"a nonlinear head has 2 layers or more, got {layers}; the head with one is 'linear'")
+    if layers < 2:
+        raise ValueError(f"a nonlinear head has 2 layers or more, got {layers}; the head with one is 'linear'")
     return ProjectionHead(kind, dim_in, hidden, dim_out, layers, bn)
 
 # %% ../nbs/03_projection.ipynb #b2e7ea5a

@@ -45,7 +45,8 @@ def last_state(folder:str|Path)->tuple: # (state, its file), or (None, None)
     for path in files:
         try: return load_state(path), path
         except BadCheckpoint as e: warnings.warn(f'{e}; taking the one before')
-    if files: raise BadCheckpoint(f'none of the {len(files)} checkpoints in {folder} can be read: delete them to begin again')
+    if files:
+        raise BadCheckpoint(f'none of the {len(files)} checkpoints in {folder} can be read: delete them to begin again')
     return None, None
 
 # %% ../nbs/08b_resume.ipynb #35210fb5
