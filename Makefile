@@ -5,8 +5,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb)) $(wildcard nbs/index.ipynb)
 
-DEMO_PRETRAIN = $(RUN)/simclr-pretrain --recipe solar_cells --out runs/demo --overwrite
-DEMO_EVALUATE = $(RUN)/simclr-evaluate runs/demo solar_cells
+DEMO_PRETRAIN = $(RUN)/simclr pretrain --recipe solar_cells --out runs/demo --overwrite
+DEMO_EVALUATE = $(RUN)/simclr evaluate runs/demo solar_cells
 
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1~/p' Makefile | awk -F~ '{printf "%-18s %s\n", $$1, $$2}'

@@ -17,7 +17,7 @@ setup(
     keywords=project['keywords'].split(', '),
     python_requires=f">={project['min_python']}",
     packages=find_packages(include=['simclr_nb', 'simclr_nb.*']),
-    package_data={'simclr_nb': ['*.html', 'recipes/*.ini']},
+    package_data={'simclr_nb': ['*.html', 'recipes/*.yaml']},
     install_requires=lines(project['requirements']),
     extras_require={name: lines(text) for name, text in settings['extras'].items()},
     entry_points={'console_scripts': [f'{name} = {target}' for name, target in settings['console_scripts'].items()],
