@@ -629,6 +629,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'simclr_nb.logistic._one_per_class': ('logistic.html#_one_per_class', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._rotate': ('logistic.html#_rotate', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._step': ('logistic.html#_step', 'simclr_nb/logistic.py'),
+                                    'simclr_nb.logistic._warn_unconverged': ('logistic.html#_warn_unconverged', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic.linear_scores': ('logistic.html#linear_scores', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic.logistic_path': ('logistic.html#logistic_path', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic.logistic_regression': ( 'logistic.html#logistic_regression',

@@ -84,6 +84,11 @@ def _step(at, W, now, D): # at(W, which) and now are (losses, gradients, mean p(
         if not len(todo): break
     return W2, then
 
+# %% ../nbs/10a_logistic.ipynb #a96c895f
+def _warn_unconverged(lam, total, max_iter):
+    late = ', '.join(f'{v:.1e}' for v in lam.tolist())
+    warnings.warn(f'{len(lam)} of {total} logistic regressions have not converged after {max_iter} steps: λ = {late}')
+
 # %% ../nbs/10a_logistic.ipynb #c9228ed1
 def _minimize(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
     "All problems from zero to their minima: weights (S, C, r), losses (S,)."
@@ -95,7 +100,7 @@ def _minimize(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
     for _ in range(max_iter):
         P = (now[2][..., None]*e + lam[:, None, None]*penalized).clamp(min=1e-12)
         D = _direction(now[1], pairs, P)
-        go = -_dot(now[1], D)/2 > tol*now[0]
+        go = -_dot(now[1], D)/2 > tol*now[0]              # those that have not converged
         done_W[live[~go]], done_f[live[~go]] = W[~go], now[0][~go]
         if not go.any(): return done_W, done_f
         if not go.all():
@@ -107,9 +112,7 @@ def _minimize(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
         pairs = [*pairs, (s, v, rho)][-memory:]
         W, now = W2, then
     done_W[live], done_f[live] = W, now[0]
-    late = [f'{v:.1e}' for v in lam.tolist()]
-    warnings.warn(f'{len(live)} of {len(done_f)} logistic regressions have not converged after {max_iter} steps: '
-                  f'λ = {", ".join(late)}')
+    _warn_unconverged(lam, len(done_f), max_iter)
     return done_W, done_f
 
 # %% ../nbs/10a_logistic.ipynb #23c39f99

@@ -235,6 +235,7 @@ def transfer(
         if log: log(f'{n}, {p}, {w}: {out[p][n][w][metric]:.1f} ({metric})')
     return out | dict(left_out=left_out)
 
+# %% ../nbs/12_transfer.ipynb #693cf0df
 def _transfer_one(protocol, encoder, splits, metric, size, **kwargs):
     if protocol == 'linear': return transfer_linear(encoder, splits, metric, size, **kwargs)
     return finetune(encoder, splits['train'], splits['test'], size, val=splits['val'], metric=metric, **kwargs)

@@ -405,11 +405,9 @@ def test_missing_data_file(tmp_path):
 
 @torch.no_grad()
 def test_convert_command(tmp_path):
-    "`simclr-convert PREFIX OUT`, then load_encoder: the same features, to the bit."
+    "`simclr convert PREFIX OUT`, then load_encoder: the same features, to the bit."
     prefix = write(tmp_path)
-    command = Path(sys.executable).with_name('simclr-convert')
-    program = [sys.executable, '-c', 'from simclr_nb.cli import convert; convert()']
-    if command.exists(): program = [command]
+    program = [sys.executable, '-m', 'simclr_nb', 'convert']
     run = subprocess.run([*program, str(prefix), str(tmp_path/'out')], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     encoder, x = load_encoder(tmp_path/'out'/'encoder.safetensors'), torch.rand(3, 3, 32, 32)
