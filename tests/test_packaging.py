@@ -12,7 +12,7 @@ settings.read(root/'settings.ini', encoding='utf-8')
 version = re.search(r'__version__ = "(.+)"', (root/'simclr_nb/__init__.py').read_text())[1]
 modules = sorted(p.stem for p in (root/'simclr_nb').glob('[!_]*.py'))
 recipes = 'imagenet', 'imagenet-sqrt', 'cifar10', 'solar_cells', 'imagenette'
-lines = lambda text: text.strip().splitlines()
+def lines(text): return text.strip().splitlines()
 
 def run(*command, **kw):
     done = subprocess.run([str(o) for o in command], capture_output=True, text=True, **kw)
@@ -47,7 +47,8 @@ def env(wheel, tmp_path_factory):
     python = folder/'bin/python'
     site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
     pip('--python', python, 'install', '--no-deps', '--no-index', wheel)
-    (site/'dependencies.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}) + '\n')
+    dependencies = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
+    (site/'dependencies.pth').write_text('\n'.join(dependencies) + '\n')
     return folder
 
 def away(folder, *command):
@@ -67,14 +68,14 @@ def test_wheel_holds_the_package_only(wheel):
 
 def test_metadata_is_what_settings_say(wheel):
     meta = message_from_bytes(zipfile.ZipFile(wheel).read(f'simclr_nb-{version}.dist-info/METADATA'))
-    project, plain = settings['project'], lambda r: re.sub(r'[\s"\']', '', r)
+    project = settings['project']
     assert (meta['Name'], meta['Version'], meta['Summary']) == ('simclr_nb', version, project['description'])
     assert (meta['Author'], meta['License-Expression']) == (project['author'], project['license'])
     assert meta['Requires-Python'] == f">={project['min_python']}"
     assert meta['Description-Content-Type'] == 'text/markdown' and meta.get_payload().strip()
-    required = {plain(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
-    asked = {plain(r) for r in lines(project['requirements'])}
-    assert {frozenset(re.split('[,<>=!~]+', r)) for r in required} == {frozenset(re.split('[,<>=!~]+', r)) for r in asked}
+    def parts(requirement): return frozenset(re.split('[,<>=!~]+', re.sub(r'[\s"\']', '', requirement)))
+    required = {parts(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
+    assert required == {parts(r) for r in lines(project['requirements'])}
     assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
 
 def test_torch_is_left_to_pip():
@@ -83,7 +84,8 @@ def test_torch_is_left_to_pip():
         assert re.fullmatch(rf'{name}>=[\d.]+', required), 'a lower bound only, no build and no index'
 
 def test_imports_from_anywhere(env, tmp_path):
-    found = python(env, 'from simclr_nb.learner import simclr_learner; import simclr_nb; print(simclr_nb.__file__)', tmp_path)
+    code = 'from simclr_nb.learner import simclr_learner; import simclr_nb; print(simclr_nb.__file__)'
+    found = python(env, code, tmp_path)
     assert Path(found).is_relative_to(env)
 
 def test_everything_a_user_needs_in_one_import(env, tmp_path):
