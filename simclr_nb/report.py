@@ -270,7 +270,7 @@ def remarks(facts:dict)->list: # of sentences
     if on['pretraining_complete'] is False:
         out.append('Pretraining was not complete: the encoder is that of the last checkpoint.')
     if on['left_out']:
-        out.append(f"{len(on['left_out'])} files could not be read and were left out: {', '.join(on['left_out'][:10])}")
+        out.append(f"Unreadable files, left out ({len(on['left_out'])}): {', '.join(on['left_out'][:10])}")
     if on['test_seen_in_pretraining']:
         out.append(f"Pretraining has seen {on['test_seen_in_pretraining']} of the {on['test']} test images, "
                    'without their labels.')
