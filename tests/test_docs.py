@@ -14,7 +14,8 @@ def site(tmp_path_factory):
     "The project's own site, built in a copy."
     if not shutil.which('quarto'): pytest.importorskip('smalldocs')
     copy = tmp_path_factory.mktemp('docs')
-    for name in subprocess.check_output(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=root, text=True).split('\0'):
+    listed = subprocess.check_output(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=root, text=True)
+    for name in listed.split('\0'):
         if not name or not (root/name).exists(): continue
         (copy/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root/name, copy/name, follow_symlinks=False)
@@ -32,7 +33,8 @@ def test_pages_read_without_a_network(site):
     if shutil.which('quarto'): pytest.skip('this is about the site of smalldocs')
     for page in site.rglob('*.html'):
         text = page.read_text()
-        assert not re.search(r'<script[^>]+src="http|<img[^>]+src="http|<link[^>]+stylesheet[^>]+href="http', text), page.name
+        outside = r'<script[^>]+src="http|<img[^>]+src="http|<link[^>]+stylesheet[^>]+href="http'
+        assert not re.search(outside, text), page.name
         assert r'class="math' not in text, f'{page.name} holds TeX that is not drawn'
 
 def test_links_lead_to_definitions(site):
@@ -40,10 +42,14 @@ def test_links_lead_to_definitions(site):
     assert 'id="nt_xent"' in text
 
 def test_broken_links_are_found(tmp_path):
-    (tmp_path/'there.html').write_text('<h2 id="part">x</h2> <a href="index.html">back</a> <a href="https://example.com/no">out</a>')
-    (tmp_path/'index.html').write_text('''<a href="there.html#part"></a> <a href="there.html?x=1"></a> <a href="./"></a> <img src="data:x">
-        <a href="there.html#gone"></a> <a href="gone.html"></a> <img src="gone.png"> <a href="#nowhere"></a> <a href="/there.html"></a>''')
-    assert list(docs.broken(tmp_path)) == [f'index.html: {target}' for target in ('#nowhere', 'gone.html', 'gone.png', 'there.html#gone')]
+    (tmp_path/'there.html').write_text(
+        '<h2 id="part">x</h2> <a href="index.html">back</a> <a href="https://example.com/no">out</a>')
+    (tmp_path/'index.html').write_text('''
+        <a href="there.html#part"></a> <a href="there.html?x=1"></a> <a href="./"></a> <img src="data:x">
+        <a href="there.html#gone"></a> <a href="gone.html"></a> <img src="gone.png">
+        <a href="#nowhere"></a> <a href="/there.html"></a>''')
+    lost = '#nowhere', 'gone.html', 'gone.png', 'there.html#gone'
+    assert list(docs.broken(tmp_path)) == [f'index.html: {target}' for target in lost]
 
 def test_formulas_become_mathml():
     mathml = docs.formula(re.match(r'(inline) (.*)', r'inline \tau &lt; 1'))
