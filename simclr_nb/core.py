@@ -159,6 +159,7 @@ def to_rgb(
 def _strips(im):
     "Pieces of an image of about a million pixels, and the row at which each begins."
     rows = max(1, 2**20//max(1, im.width))
+    if rows >= im.height: return (yield 0, im)
     for top in range(0, im.height, rows):
         yield top, im.crop((0, top, im.width, min(top + rows, im.height)))
 
@@ -198,7 +199,9 @@ def pixels(
     im:Image.Image, # RGB
 )->Tensor: # (3, H, W) uint8
     "The bytes of an RGB image."
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+    x = np.empty((im.height, im.width, 3), np.uint8)
+    for top, strip in _strips(im): x[top:top + strip.height] = np.asarray(strip)
+    return torch.from_numpy(x).permute(2, 0, 1)
 
 # %% ../nbs/00a_core.ipynb #005a2a07
 @contextmanager
