@@ -30,7 +30,7 @@ class ImageSet:
         labels=None, # (n,) integers, (n, C) of 0 and 1, or None
         classes=None, # their names, by integer
     ):
-        self.files, self.classes = [Path(f) for f in files], classes
+        self.files, self.classes = [f if isinstance(f, Path) else Path(f) for f in files], classes
         self.labels = None if labels is None else np.asarray(labels)
     def __len__(self): return len(self.files)
     def __getitem__(self, i): return open_image(self.files[i])
@@ -39,24 +39,42 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[idxs]
         return ImageSet([self.files[i] for i in idxs], labels, self.classes)
 
+# %% ../nbs/06_data.ipynb #b7cb7765
+def _class_names(files, path):
+    "(files, the class of each); None for the classes where many files are in no subfolder."
+    depth = len(path.parts)
+    inside = [f for f in files if len(f.parts) > depth + 1]
+    names = [shown(f.parts[depth]) for f in inside]
+    stray = len(files) - len(inside)
+    if stray == 0 or not inside: return files, names or None
+    at_top = listing(f.name for f in files if len(f.parts) == depth + 1)
+    where = f'{stray} of {len(files)} images in {shown(path)} lie beside its subfolders: {at_top}'
+    if stray*len(set(names)) >= len(inside):
+        warnings.warn(f'{where}. So there are no labels; if the subfolders are classes, move those images away')
+        return files, None
+    warnings.warn(f'{where}. They are left out, and the subfolders are the classes; '
+                  'to use them, move them into a subfolder')
+    return inside, names
+
 # %% ../nbs/06_data.ipynb #9559dee7
 def folder_images(
     path:str|Path, # looked through with all that is below it
     classes:list|None=None, # names of the classes in their order; None: the subfolders, sorted
-)->ImageSet: # sorted by path; labels from the first level of subfolders, if every image is in one
+)->ImageSet: # sorted by path; labels from the first level of subfolders, unless many images are in none
     "The images of a folder."
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f'there is no folder {path}. Give a folder of images, or one of the names {_names()}')
+        raise FileNotFoundError(f'there is no folder {shown(path)}. '
+                                f'Give a folder of images, or one of the names {_names()}')
     files = image_files(path)
-    if not files: raise ValueError(f'no image files in {path} (looked in all its subfolders for .jpg, .png, …)')
-    parts = [f.relative_to(path).parts for f in files]
-    if any(len(p) == 1 for p in parts): return ImageSet(files)
-    names = sorted({p[0] for p in parts})
-    classes = names if classes is None else classes
+    if not files: raise ValueError(f'no image files in {shown(path)} (looked in all its subfolders for .jpg, .png, …)')
+    files, names = _class_names(files, path)
+    if names is None: return ImageSet(files)
+    classes = sorted(set(names)) if classes is None else classes
     if new := set(names) - set(classes):
-        raise ValueError(f'{path} has classes that the training part lacks: {", ".join(sorted(new))}')
-    return ImageSet(files, [classes.index(p[0]) for p in parts], classes)
+        raise ValueError(f'{shown(path)} has classes that the training part lacks: {listing(new)}')
+    numbers = {name: i for i, name in enumerate(classes)}
+    return ImageSet(files, [numbers[name] for name in names], classes)
 
 def _names(): return ', '.join(name for name, preset in presets.items() if preset.load)
 
@@ -66,14 +84,21 @@ def stratified_split(
     fraction:float=.25, # of the images, to hold out
     seed:int=0, # the same seed gives the same split
 )->tuple: # (train, test)
-    "Split a set in two by a fixed seed, with every class in proportion."
+    "Split a set in two by a fixed seed, with every class in proportion; with several labels per image, by chance."
     from sklearn.model_selection import train_test_split   # workers that decode do without it
-    if images.labels is not None and (few := np.bincount(images.labels).min()) < 2:
+    one_label = images.labels is not None and images.labels.ndim == 1
+    if one_label and (few := np.unique(images.labels, return_counts=True)[1].min()) < 2:
         raise ValueError(f'cannot hold out a part of every class: the smallest class has {few} image')
-    parts = train_test_split(range(len(images)), test_size=fraction, random_state=seed, stratify=images.labels)
+    parts = train_test_split(range(len(images)), test_size=fraction, random_state=seed,
+                             stratify=images.labels if one_label else None)
     return tuple(images.subset(sorted(part)) for part in parts)
 
 # %% ../nbs/06_data.ipynb #78c3d158
+def _has_classes(folder, classes):
+    "Whether a folder's subfolders are among some classes."
+    found = {shown(p.name) for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')}
+    return bool(found) and found <= set(classes)
+
 def folder_splits(
     path:str|Path, # a folder with `train` and `test`, `val` or `valid` below it, or any folder
 )->tuple: # (train, test), or (all, None) where it has no parts
@@ -82,7 +107,8 @@ def folder_splits(
     test = [path/n for n in ('test', 'val', 'valid') if (path/n).is_dir()]
     if not ((path/'train').is_dir() and test): return folder_images(path), None
     train = folder_images(path/'train')
-    return train, folder_images(test[0], train.classes)
+    labeled = [folder for folder in test if train.classes and _has_classes(folder, train.classes)]
+    return train, folder_images((labeled or test)[0], train.classes)
 
 # %% ../nbs/06_data.ipynb #2959ca51
 def solar_cells()->tuple: # (train, test), 1,968 and 656 images with four classes
@@ -171,15 +197,28 @@ class TwoCropDataset(Dataset):
         return crops, params, *label, j
 
 # %% ../nbs/06_data.ipynb #e245ad94
+_most_tries = 256                                         # files; see `_candidates`
+
+@patch
+def _candidates(self:TwoCropDataset, epoch, i):
+    "Image i, then images drawn by its key, one of which takes its place if it cannot be read."
+    yield i % len(self)
+    rng = keyed_rng(self.seed, epoch, i % len(self), view=2**32 + 4)
+    yield from rng.integers(len(self), size=_most_tries).tolist()
+
 @patch
 def _first_readable(self:TwoCropDataset, epoch, i):
-    "Image i; if it cannot be read, the next that can."
-    for k in range(len(self)):
-        j = (i + k) % len(self)
-        if k and self.unreadable[j]: continue
-        try: return j, *self.views(epoch, j)
-        except BadImage: self.unreadable[j] = True
-    raise BadImage(f'none of the {len(self)} images can be read; the first is {self.images.files[0]}')
+    "The first candidate that can be read."
+    tried = {}                                           # index to what went wrong
+    for j in self._candidates(epoch, i):
+        if tried and self.unreadable[j]: continue
+        try: found = self.views(epoch, j)
+        except BadImage as e: self.unreadable[j], tried[j] = True, e
+        else:
+            self.unreadable[j] = False                   # perhaps it could not be read before
+            return j, *found
+    raise BadImage(f'none of {len(tried)} files can be read, of {len(self)} in the set: '
+                   f'{listing(self.images.files[j] for j in tried)}. The first: {next(iter(tried.values()))}')
 
 @patch
 def views(self:TwoCropDataset, epoch, i):
