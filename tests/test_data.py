@@ -102,11 +102,13 @@ def tiff16(file, endian):
 
 odd = {
     'gray.png': lambda f: gray.save(f), 'bits.png': lambda f: gray.convert('1').save(f),
-    'palette.gif': lambda f: picture.quantize(64).save(f), 'clear.gif': lambda f: picture.quantize(64).save(f, transparency=3),
+    'palette.gif': lambda f: picture.quantize(64).save(f),
+    'clear.gif': lambda f: picture.quantize(64).save(f, transparency=3),
     'gray alpha.png': lambda f: Image.merge('LA', (gray, gray)).save(f),
     'alpha.tif': lambda f: Image.merge('RGBA', (*picture.split(), gray)).save(f),
     'cmyk.jpg': lambda f: picture.convert('CMYK').save(f), 'cmyk.tif': lambda f: picture.convert('CMYK').save(f),
-    'lab.tif': lambda f: Image.merge('LAB', picture.split()).save(f), 'ycbcr.tif': lambda f: picture.convert('YCbCr').save(f),
+    'lab.tif': lambda f: Image.merge('LAB', picture.split()).save(f),
+    'ycbcr.tif': lambda f: picture.convert('YCbCr').save(f),
     'little.tif': lambda f: tiff16(f, '<'), 'big.tif': lambda f: tiff16(f, '>'),
     'deep.png': lambda f: Image.fromarray(np.asarray(gray, np.uint16)*257).save(f),
     'float.tif': lambda f: Image.fromarray(np.asarray(gray, np.float32)/255).save(f),
@@ -114,7 +116,8 @@ odd = {
     'moving.webp': lambda f: picture.save(f, save_all=True, append_images=[gray.convert('RGB')]),
     'pages.tif': lambda f: picture.save(f, save_all=True, append_images=[picture], compression='tiff_lzw'),
     'progressive.jpg': lambda f: picture.save(f, progressive=True), 'bare.bmp': lambda f: picture.save(f),
-    'icon.ico': lambda f: picture.save(f), 'wavelets.jp2': lambda f: picture.save(f), 'plain.ppm': lambda f: picture.save(f),
+    'icon.ico': lambda f: picture.save(f), 'wavelets.jp2': lambda f: picture.save(f),
+    'plain.ppm': lambda f: picture.save(f),
 }
 
 @pytest.mark.parametrize('name', odd)
@@ -213,7 +216,8 @@ def test_a_picture_is_in_memory_twice_at_most(tmp_path, mode, most):
     side = 3000
     small, large = save(tmp_path/'small.png'), tmp_path/'large.png'
     Image.new(mode, (side, side)).save(large, compress_level=1)
-    done = subprocess.run([sys.executable, '-c', peak, str(small), str(large)], capture_output=True, text=True, cwd=root)
+    command = [sys.executable, '-c', peak, str(small), str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout)*2**20/side**2 < most + 2, f'{float(done.stdout)*2**20/side**2:.1f} bytes a pixel'
 
