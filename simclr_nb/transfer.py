@@ -21,7 +21,8 @@ from torchvision import datasets
 from .core import atomic_write, digest
 from .augmentations import keyed_rng
 from .data import ImageSet, folder_images, stratified_split
-from .features import extract_features, extraction_facts
+from .store import extraction_facts
+from .features import extract_features
 from .linear import classification_report, joined
 from .logistic import l2_grid, linear_scores
 from .labels import finetune
