@@ -6,7 +6,8 @@
 __all__ = ['torchvision_state', 'export_onnx', 'write_hub', 'convert']
 
 # %% ../nbs/13b_export.ipynb #43fad868
-import json, re
+import json, os, re, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +48,20 @@ def torchvision_state(
     if classifier is not None: state |= {f'fc.{k}': t for k, t in classifier.state_dict().items()}
     return state
 
+# %% ../nbs/13b_export.ipynb #b2c7b2a9
+@contextmanager
+def _staged(folder):
+    "A hidden folder, whose files move into `folder` once all of them are written."
+    folder, made = Path(folder), not Path(folder).exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.') as temp:
+            yield Path(temp)
+            for file in sorted(Path(temp).iterdir(), reverse=True): os.replace(file, folder/file.name)
+    except OSError as e: raise OSError(e.errno, f'nothing was written to {folder}: {e.strerror or e}') from e
+    finally:
+        if made and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+
 # %% ../nbs/13b_export.ipynb #c571d0d7
 def _image_size(encoder):
     "The side of the images, in pixels, that an encoder is described to take."
@@ -66,14 +81,18 @@ def export_onnx(
     path:str|Path, # the .onnx file
 )->Path: # path
     "Write the encoder as ONNX: 'image' (B, 3, size, size) in [0, 1] to 'h' (B, d)."
+    path = Path(path)
     _need_onnx()
+    with _staged(path.parent) as temp: _write_onnx(encoder, temp/path.name)
+    return path
+
+def _write_onnx(encoder, path):
     size = _image_size(encoder)
     example = torch.rand(2, 3, size, size, device=next(encoder.parameters()).device)
-    large = sum(p.numel() for p in encoder.parameters()) > 4e8 # a file of ONNX holds 2 GB
+    large = sum(p.numel() for p in encoder.parameters()) > 4e8 # a file of ONNX holds 2 GB; the numbers go beside it
     with eval_mode(encoder):
         torch.onnx.export(encoder, (example,), path, input_names=['image'], output_names=['h'], dynamo=True,
                           verbose=False, dynamic_shapes=({0: torch.export.Dim('B')},), external_data=large)
-    return Path(path)
 
 # %% ../nbs/13b_export.ipynb #30cb6352
 _CARD = '''---
@@ -125,12 +144,14 @@ def write_hub(
     **facts, # for the description: source, license
 )->Path: # folder
     "Model card, config and weights, as the Hugging Face hub has them."
-    folder = Path(folder)
+    with _staged(folder) as temp: _write_hub(encoder, temp, facts)
+    return Path(folder)
+
+def _write_hub(encoder, folder, facts):
     weights = save_encoder(encoder, folder/'model.safetensors', **facts)
     config = dict(source='not stated', license='unknown') | encoder_config(weights)
     write_json(folder/'config.json', config)
     atomic_write(folder/'README.md', _card(config).encode())
-    return folder
 
 # %% ../nbs/13b_export.ipynb #05e2432b
 _written = {None: ['encoder.safetensors'], # what a conversion writes
@@ -172,8 +193,10 @@ def convert(
     facts = known | facts
     renamed = to in ('torchvision', 'timm')
     if renamed: state = torchvision_state(encoder, classifier) # an error comes before anything is written
-    if to == 'hub': write_hub(encoder, out, **facts)
-    else: save_encoder(encoder, files[0], **facts)
-    if to == 'onnx': export_onnx(encoder, files[1])
-    if renamed: save_tensors(files[1], state)
+    if to == 'onnx': _need_onnx()
+    with _staged(out) as temp:
+        if to == 'hub': _write_hub(encoder, temp, facts)
+        else: save_encoder(encoder, temp/files[0].name, **facts)
+        if to == 'onnx': _write_onnx(encoder, temp/files[1].name)
+        if renamed: save_tensors(temp/files[1].name, state)
     return files

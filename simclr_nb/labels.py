@@ -6,7 +6,7 @@
 __all__ = ['label_fraction', 'label_indices', 'set_bn_momentum', 'finetune', 'reinit', 'label_fraction_scores']
 
 # %% ../nbs/11_labels.ipynb #7460c1d9
-import copy, math
+import copy, math, os
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from .augmentations import keyed_rng
 from .encoder import build_encoder, encoder_info
 from .lars import scale_lr
 from .data import ImageSet
-from .linear import (as_options, classifier_learner, evaluate_classifier, fit_cosine, n_outputs,
-                              select_on_val)
+from .features import check_number, printable
+from .linear import (as_options, check_rates, check_sets, classifier_learner, evaluate_classifier, fit_cosine,
+    n_outputs, select_on_val)
 
 # %% ../nbs/11_labels.ipynb #1a61ee25
 def label_fraction(
@@ -51,7 +52,7 @@ def label_indices(
 def _check_counts(images, counts, each, fraction):
     for c, n in enumerate(counts):
         if n >= each and round(fraction*n) >= 1: continue
-        name = images.classes[c] if images.classes else c
+        name = printable(images.classes[c]) if images.classes else c
         raise ValueError(f'class {name} has {n} images: too few for {each} of them in a fraction of {fraction:g}, '
                          f'since {fraction:g} of {n} is {fraction*n:.2g}. '
                          'Take a larger fraction, add images of that class, or leave it out')
@@ -61,14 +62,14 @@ def _listed(images, path):
     "Indices of the images that a list of file names names."
     if not Path(path).is_file():
         raise FileNotFoundError(f'there is no list {path}: give a text file with one file name a line')
-    names = Path(path).read_text().split()
+    names = [os.fsdecode(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
     where = {f.name: i for i, f in enumerate(images.files)}
     if len(where) < len(images):
         raise ValueError(f'{len(images) - len(where)} of the {len(images)} images share their file name with another: '
                          'a list of names cannot choose among them')
     lost = [n for n in names if n not in where]
     if lost:
-        some = ', '.join(lost[:5]) + (', …' if len(lost) > 5 else '')
+        some = ', '.join(map(printable, lost[:5])) + (', …' if len(lost) > 5 else '')
         raise ValueError(f'{len(lost)} of the {len(names)} names in {path} are no images of this set: {some}. '
                          'Is it the list for this set, and the whole training part?')
     return sorted({where[n] for n in names})
@@ -79,6 +80,7 @@ def set_bn_momentum(
     steps:int, # s, per epoch
 ):
     "Give every batch norm the decay max(1 − 10/s, 0.9)."
+    check_number('steps', steps, 1, whole=True)
     for m in encoder.modules():
         if isinstance(m, _NormBase): m.momentum = min(10/steps, .1)
 
@@ -98,6 +100,11 @@ def finetune(
     fraction:float=.1, seed:int=0, num_workers:int|None=None, transform=None, # as in `linear_evaluation`
 )->dict: # as from `linear_evaluation`; 'chosen' is (lr, wd)
     "Encoder and linear layer trained with labels; the last epoch, on the test set."
+    check_sets(train, test)
+    check_number('epochs', epochs, 1, whole=True)
+    if steps is not None: check_number('steps', steps, 1, whole=True)
+    check_rates(lr)
+    for decay in as_options(wd): check_number('wd', decay, 0)
     def run(a, b, option):
         lr, wd = option
         if lr is None: lr = scale_lr(min(batch_size, len(a)), 'linear', .05)

@@ -15,30 +15,69 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from .core import eval_mode
+from torch.nn.modules.batchnorm import _NormBase
+from .core import eval_mode, listing
 from .augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from .encoder import feature_dim
 from .lars import scale_lr
 from .data import ImageSet, stratified_split
 from .learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback, train_dls
 from .callbacks import SanityChecks, zero_linear
-from .features import accuracy, balanced_accuracy, extract_features, knn_predict, metrics, to_numpy
+from .features import (accuracy, balanced_accuracy, check_classes, check_features, check_number, extract_features,
+    knn_predict, metrics, printable, to_numpy)
 from .pictures import markdown_table, protocol_names
 from .logistic import logistic_path, logistic_regression
 
+# %% ../nbs/10_linear.ipynb #3fb64c67
+def n_outputs(images:ImageSet)->int:
+    "The classes of a set, which a classifier has as outputs."
+    if images.labels is None:
+        raise ValueError('training with labels takes images that have some: a folder with a subfolder for each class')
+    if images.labels.ndim == 2: return images.labels.shape[1]
+    return len(images.classes) if images.classes else int(images.labels.max()) + 1
+
+def check_sets(train:ImageSet, test:ImageSet):
+    "A `ValueError` where a classifier of the training images cannot be tested on the test images."
+    _check_kinds(train, test)
+    shown = [s.labels.any(0) if s.labels.ndim == 2 else np.isin(range(n_outputs(train)), s.labels) for s in (train, test)]
+    absent = np.flatnonzero(shown[1] & ~shown[0])
+    if len(absent):
+        raise ValueError('there is no training image of these classes of the test images: '
+                         f'{listing(_names(train, absent))}. Add some, or leave the classes out of the test images')
+
+def _check_kinds(train, test):
+    "Labels of one kind, within the classes."
+    C = n_outputs(train)
+    for images, what in (train, 'training labels'), (test, 'test labels'):
+        n_outputs(images)                                            # there are labels
+        if images.labels.ndim != train.labels.ndim or images.labels.ndim == 2 and n_outputs(images) != C:
+            raise ValueError(f'labels differ in shape: {train.labels.shape} of the training images, '
+                             f'{test.labels.shape} of the test images')
+        if images.labels.ndim == 2: continue
+        largest = int(check_classes(images.labels, len(images), what).max()) if len(images) else 0
+        if largest >= C: raise ValueError(f'{what} go up to {largest}, but there are {C} classes, from 0 to {C - 1}')
+
 # %% ../nbs/10_linear.ipynb #1b34054f
 def check_labels(train:ImageSet, test:ImageSet):
-    "A `ValueError` where classes cannot be compared."
+    "A `ValueError` where nearest neighbors and logistic regression cannot compare classes."
     if train.labels is None or test.labels is None:
         raise ValueError('evaluation needs labels: give a folder with one subfolder for each class')
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if train.labels.ndim == 2:
+        raise ValueError(f'this evaluation takes one class for each image, got labels {train.labels.shape}')
+    _check_kinds(train, test)
+    counts = np.bincount(train.labels, minlength=n_outputs(train))
     if (counts > 0).sum() < 2:
         raise ValueError('evaluation compares classes: it needs 2 or more, '
-                         f'the training part has {", ".join(train.classes)}')
-    few = [f'{c} ({n})' for c, n in zip(train.classes, counts) if n < 4]
+                         f'the training part has {", ".join(_names(train, np.flatnonzero(counts)))}')
+    few = [f'{name} ({counts[c]})' for c, name in enumerate(_names(train, range(len(counts)))) if counts[c] < 4]
     if few:
         raise ValueError('evaluation needs at least 4 training images of every class; '
                          f'too few of: {", ".join(few)}')
+    check_sets(train, test)
+
+def _names(images, classes):
+    "The names of some classes."
+    return [printable(images.classes[c]) if images.classes else str(c) for c in classes]
 
 # %% ../nbs/10_linear.ipynb #6566c840
 def score(
@@ -88,16 +127,16 @@ class Frozen(nn.Module):
     def forward(self, x): return self.encoder(x)
 
 # %% ../nbs/10_linear.ipynb #2659925e
-def n_outputs(images:ImageSet)->int:
-    "The classes of a set, which a classifier has as outputs."
-    if images.labels is None:
-        raise ValueError('training with labels takes images that have some: a folder with a subfolder for each class')
-    if images.labels.ndim == 2: return images.labels.shape[1]
-    return len(images.classes) if images.classes else int(images.labels.max()) + 1
-
 def last_layer(model:nn.Sequential)->list: # parameters
     "What trains behind a frozen encoder."
     return list(model[1].parameters())
+
+def _decay_groups(model, trained, wd):
+    "Two groups of parameters: weight decay is not for the scales and shifts of batch norm."
+    norms = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters(False)}
+    groups = [dict(params=[p for p in trained(model) if (id(p) in norms) == of_norm], weight_decay=0. if of_norm else wd)
+              for of_norm in (False, True)]
+    return [g for g in groups if g['params']]
 
 # %% ../nbs/10_linear.ipynb #eedb3db5
 def classifier_learner(
@@ -105,18 +144,19 @@ def classifier_learner(
     train:ImageSet, # with labels: classes (n,), or rows (n, C) of 0 and 1
     size:int, # side, pixels
     batch_size:int=256, # at most as many as there are images
-    wd:float=0., # weight decay
+    wd:float=0., # weight decay, not on the scales and shifts of batch norm
     seed:int=0, # of order and augmentations
     num_workers:int|None=None,
     trained=trainable_params, # which parameters of the model (encoder, layer) move
 )->SimCLRLearner:
     "A learner of encoder and linear layer, by Nesterov SGD on random crops and flips."
+    check_number('wd', wd, 0)
     augment = Augmentation(size, RandomResizedCrop(), RandomFlip(), n_views=1)
     dls = train_dls(train, augment, min(batch_size, len(train)), seed, num_workers)
     model = nn.Sequential(encoder, zero_linear(feature_dim(encoder, size), n_outputs(train)))
     loss = nn.BCEWithLogitsLoss() if train.labels.ndim == 2 else nn.CrossEntropyLoss()
-    sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=wd)
-    return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=trained,
+    sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
+    return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=partial(_decay_groups, trained=trained, wd=wd),
                          cbs=[ViewsCallback(augment, seed), SanityChecks()])
 
 # %% ../nbs/10_linear.ipynb #9ea5f5af
@@ -131,7 +171,7 @@ def classification_report(
     labels, # (n,) classes, or (n, C) of 0 and 1
 )->dict: # 'scores', 'labels', 'predictions' as arrays, and the metrics that apply, percent
     "Scores on the test set, the predictions that follow from them, and their metrics."
-    s, y = torch.as_tensor(scores).numpy(), np.asarray(labels)
+    s, y = check_features(scores, 'scores', 'did training diverge?').numpy(), np.asarray(labels)
     if y.ndim == 2:
         shown = y.any(0)
         precision = 100*metrics['11-point mAP'](y[:, shown], s[:, shown])
@@ -184,6 +224,11 @@ def as_options(x)->list:
     "One value or several, as a list."
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else [x]
 
+def check_rates(lr):
+    "A `ValueError` where a learning rate is not one."
+    for rate in as_options(lr):
+        if rate is not None: check_number('lr', rate, 0, above=True)
+
 # %% ../nbs/10_linear.ipynb #ed4bb2dc
 def linear_evaluation(
     encoder:nn.Module, # (B, 3, size, size) in [0, 1] to (B, d); stays as it is, bit for bit
@@ -199,6 +244,9 @@ def linear_evaluation(
     transform=None, # of the test images, as in `extract_features`
 )->dict: # as from `classification_report`, with 'idxs', 'chosen' (the rate) and 'tried'
     "A linear layer on the frozen encoder, trained by SGD on crops and flips; the last epoch, on the test set."
+    check_sets(train, test)
+    check_number('epochs', epochs, 1, whole=True)
+    check_rates(lr)
     def run(a, b, lr):
         lr = scale_lr(min(batch_size, len(a)), 'linear', .1) if lr is None else lr
         with eval_mode(encoder):
@@ -241,6 +289,7 @@ def permutation_test(
     if not len(y) == len(a) == len(b) or a.shape != b.shape:
         raise ValueError(f'expected predictions of both models for each of {len(y)} images, '
                          f'got {a.shape} and {b.shape}')
+    check_number('samples', samples, 1, whole=True)
     if isinstance(metric, str): metric = metrics[metric]
     swap = _swap_counts if metric in (accuracy, balanced_accuracy) else _swap_each
     observed, swapped = swap(y, a, b, metric, samples, np.random.default_rng(seed))

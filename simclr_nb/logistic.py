@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from .features import accuracy, to_numpy
+from .features import accuracy, check_classes, check_features, to_numpy
 
 # %% ../nbs/10a_logistic.ipynb #241ffc2f
 def _eigen_basis(a): # (n, d)
@@ -130,15 +130,9 @@ def _check_problem(h, y):
     "A `ValueError` where features and labels make no classification problem."
     if h.ndim != 2 or len(h) != len(y):
         raise ValueError(f'expected features (n, d) and n labels, got features {tuple(h.shape)} and {len(y)} labels')
-    if not h.isfinite().all():
-        bad = int((~h.isfinite().all(1)).sum())
-        raise ValueError(f'{bad} of {len(h)} rows of features are not finite: '
-                         'look at the encoder, or leave those images out')
-    if y.is_floating_point() or y.ndim != 1:
-        raise ValueError(f'labels must be integers (n,), got {y.dtype} {tuple(y.shape)}')
-    if len(y) == 0 or y.min() < 0:
-        got = f'{int(y.min())} to {int(y.max())}' if len(y) else 'none'
-        raise ValueError(f'labels must be the integers 0 to C - 1, got {got}')
+    check_features(h)
+    check_classes(y, len(h))
+    if not len(y): raise ValueError('labels must be the integers 0 to C - 1, got none')
     counts = y.bincount()
     if len(counts) < 2: raise ValueError('a classifier needs 2 classes or more; all labels are 0')
     if not counts.all():
@@ -187,7 +181,7 @@ class LogisticProbe:
     l2:float # the penalty λ that was chosen
     l2_tried:np.ndarray # (S,) the penalties it was chosen from
     validation:np.ndarray # (S,) the metric that each reached on the held-out images
-    def logits(self, h): return torch.as_tensor(h).to(self.weights) @ self.weights + self.bias
+    def logits(self, h): return check_features(h).to(self.weights) @ self.weights + self.bias
     def predict(self, h): return self.logits(h).argmax(1).cpu().numpy()
 
 # %% ../nbs/10a_logistic.ipynb #2dd8d972
@@ -228,7 +222,9 @@ def linear_scores(
 ): # a function of features (m, d) to a list of scores (m, C), one for each penalty
     "Logistic regressions under several penalties, as a function of other features."
     W, b = _one_per_class(h, labels, l2) if labels.ndim == 2 else logistic_path(h, labels, l2)[:2]
-    def scores(x): return [x.to(W) @ w + c for w, c in zip(W, b)]
+    def scores(x):
+        x = check_features(x).to(W)
+        return [x @ w + c for w, c in zip(W, b)]
     return scores
 
 # %% ../nbs/10a_logistic.ipynb #bfcda78b

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['protocol_names', 'colors', 'palette', 'plot_scores', 'plot_neighbors', 'project_2d', 'plot_map', 'plot_confusion',
-           'plot_label_fractions', 'plot_spectrum', 'plot_history', 'plot_alignment_uniformity', 'nearest_to_each',
-           'html_map']
+           'plot_label_fractions', 'plot_spectrum', 'plot_history', 'plot_alignment_uniformity', 'html_map']
 
 # %% ../nbs/09a_pictures.ipynb #bf8c52a6
-import base64, html, io, json
+import base64, html, io, json, warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from .data import ImageSet
-from .features import effective_rank, nearest, singular_values
+from .features import check_features, effective_rank, nearest, nearest_to_each, printable, singular_values
 
 # %% ../nbs/09a_pictures.ipynb #80c01d43
 protocol_names = dict(knn='nearest neighbors', logreg='logistic regression',
@@ -68,7 +67,7 @@ def _score_bars(ax, scores, name, j, n):
     "The bars of encoder j of n, one in each group that has it."
     there = [(i, s[name]) for i, s in enumerate(scores.values()) if name in s]
     x = [i + (j - (n - 1)/2)*.8/n for i, _ in there]
-    bars = ax.bar(x, [v for _, v in there], .75/n, label=name, color=colors.get(name))
+    bars = ax.bar(x, [v for _, v in there], .75/n, label=printable(name), color=colors.get(name))
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
 
 # %% ../nbs/09a_pictures.ipynb #98f1ef35
@@ -128,8 +127,10 @@ def project_2d(
     "A flat map of representations, by their directions."
     if method not in _projections: raise ValueError(f"unknown map {method!r}; there are 'tsne', 'umap' and 'pca'")
     if len(h) < 4: raise ValueError(f'a map takes 4 images or more, got {len(h)}')
-    h = F.normalize(torch.as_tensor(h).float(), dim=1).numpy()
-    return _projections[method](h, seed)
+    h = F.normalize(check_features(h).float(), dim=1)
+    if (h - h[0]).abs().max() > 1e-6: return _projections[method](h.numpy(), seed)
+    warnings.warn(f'all {len(h)} vectors have one direction, so the map is a single point: has the encoder collapsed?')
+    return np.zeros((len(h), 2))
 
 def _pca(h, seed): return PCA(2, random_state=seed).fit_transform(h)
 
@@ -161,7 +162,7 @@ def _lay(ax, image, x, y, color, half=.023):
 # %% ../nbs/09a_pictures.ipynb #7ac3d1f0
 def _dots(ax, xy, labels, classes):
     for c, color in enumerate(palette(labels.max() + 1)):
-        name = None if classes is None else classes[c]
+        name = None if classes is None else printable(classes[c])
         ax.scatter(*xy[labels == c].T, s=9, color=color, label=name, linewidths=0)
     if classes is not None and len(classes) <= 20: _legend_beside(ax, markerscale=2)
     width, height = np.ptp(xy, 0)
@@ -185,7 +186,7 @@ def plot_map(
 ): # the figure
     "A map of representations, colored by class."
     xy = project_2d(h, method, seed) if xy is None else np.asarray(xy)
-    xy = (xy - xy.min(0))/np.ptp(xy, 0).max()
+    xy = (xy - xy.min(0))/max(np.ptp(xy, 0).max(), 1e-9)
     labels = np.zeros(len(xy), int) if labels is None else np.asarray(labels)
     fig, ax = plt.subplots(figsize=(5.4, 4) if images is None else (7.4, 5.4), layout='constrained')
     _dots(ax, xy, labels, classes)
@@ -199,6 +200,7 @@ def plot_confusion(
     classes:list, # their names
 ): # the figure
     "How the images of each class were classified, in percent of its images; rows sum to 100."
+    classes = [printable(c) for c in classes]
     counts = confusion_matrix(labels, predictions, labels=range(len(classes)))
     percent, side = 100*counts/counts.sum(1, keepdims=True).clip(1), np.clip(.62*len(classes), 2, 8)
     fig, ax = plt.subplots(figsize=(side + 1.6, side + .9), layout='constrained')
@@ -224,7 +226,7 @@ def plot_label_fractions(
     for j, (name, points) in enumerate(curves.items()):
         x, (mean, sd) = sorted(points), np.array([points[p] for p in sorted(points)]).T
         ax.errorbar(100*np.array(x), mean, sd, fmt='os^Dv'[j % 5] + '-', ms=5, capsize=3,
-                    label=name, color=colors.get(name, plt.cm.tab10(j)))
+                    label=printable(name), color=colors.get(name, plt.cm.tab10(j)))
     ticks = sorted({100*x for points in curves.values() for x in points})
     _plain(ax, xscale='log', xlabel='labeled images used, %', ylabel='balanced accuracy, %')
     ax.set(xticks=ticks, xticklabels=[f'{t:g}' for t in ticks])
@@ -243,7 +245,7 @@ def plot_spectrum(
         ratio = (s/s[0].clamp(min=1e-300)).square()
         ratio = torch.where(ratio > 0, ratio, torch.nan)
         ax.plot(range(1, len(s) + 1), ratio, lw=1.8, color=colors.get(name, plt.cm.tab10(j)),
-                label=f'{name}: {effective_rank(h):.0f} of {len(s)}')
+                label=f'{printable(name)}: {effective_rank(h):.0f} of {len(s)}')
     _plain(ax, yscale='log', ylim=(1e-9, 2), xlabel='eigenvalue, by size', ylabel='of the covariance, first = 1')
     _legend_beside(ax, title='effective rank', alignment='left')
     return fig
@@ -272,7 +274,7 @@ def plot_history(
     fig, axs = plt.subplots(2, columns, figsize=(3*columns, 4.6), layout='constrained', squeeze=False)
     for ax, c in zip(axs.flat, shown):
         for i, (name, h) in enumerate(histories.items()):
-            if _measured(h, c): _curve(ax, h, c, color=f'C{i}', lw=1.2 + .9*(n - 1 - i), label=name)
+            if _measured(h, c): _curve(ax, h, c, color=f'C{i}', lw=1.2 + .9*(n - 1 - i), label=printable(name))
         _plain(ax, xlabel='epoch')
         ax.set_title(_panels[c], fontsize=10)
     for ax in axs.flat[len(shown):]: ax.axis('off')
@@ -304,17 +306,6 @@ def _geometry(history):
     there = np.isfinite(a) & np.isfinite(u)
     if not there.any(): raise ValueError('the history has no row with both alignment and uniformity')
     return step[there], a[there], u[there]
-
-# %% ../nbs/09a_pictures.ipynb #ff8a1f63
-def nearest_to_each(
-    h:Tensor, # (n, d) features
-    k:int=12, # neighbors each; fewer if there are fewer
-)->Tensor: # (n, k) indices, nearest first
-    "The nearest neighbors of every image among the others, by cosine similarity."
-    _, idxs = nearest(h, h, min(k + 1, len(h)))
-    own = idxs == torch.arange(len(h))[:, None]
-    own[~own.any(1), -1] = True                       # behind so many twins that it did not find itself
-    return idxs[~own].view(len(h), -1)
 
 # %% ../nbs/09a_pictures.ipynb #04a58b63
 def _thumbnails(images, side): # (n, side, side, 3) uint8
@@ -352,7 +343,7 @@ def _places(xy):
     return xy.round(4).T.tolist()
 
 def _class_names(labels, classes):
-    classes = [f'class {c}' for c in range(labels.max() + 1)] if classes is None else [str(c) for c in classes]
+    classes = [f'class {c}' for c in range(labels.max() + 1)] if classes is None else [printable(c) for c in classes]
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f'labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} classes')
     return classes
@@ -366,7 +357,7 @@ def _map_data(xy, images, labels, classes, neighbors, side):
     labels = np.asarray(labels) if labeled else np.zeros(n, int)
     classes = _class_names(labels, classes if labeled else None)
     near = [[]]*n if neighbors is None else torch.as_tensor(neighbors).tolist()
-    names = [f.name for f in images.files] if isinstance(images, ImageSet) else ['']*n
+    names = [printable(f.name) for f in images.files] if isinstance(images, ImageSet) else ['']*n
     side = side or (64 if n <= 2000 else 48)
     sheets = _sheets(_thumbnails(images, side), quality=70 if n <= 2000 else 60)
     return dict(x=x, y=y, labels=labels.tolist(), classes=classes, labeled=labeled, names=names, near=near,
@@ -386,6 +377,7 @@ def html_map(
     "An interactive map in one HTML file that needs no network."
     path, data = Path(path), _map_data(xy, images, labels, classes, neighbors, side)
     path.parent.mkdir(parents=True, exist_ok=True)
+    title = printable(title)
     path.write_text(_page(title, dict(title=title) | data), encoding='utf-8')
     return path
 

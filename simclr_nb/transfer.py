@@ -7,22 +7,25 @@ __all__ = ['transfer_sets', 'pretrained_grid', 'random_grid', 'TransferSet', 'tr
            'transfer_linear', 'transfer']
 
 # %% ../nbs/12_transfer.ipynb #9a664e3b
-import io, json, os, warnings
+import io, json, os, shutil, warnings
 from functools import partial, reduce
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
+from zipfile import BadZipFile
 
 import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torchvision import datasets
+from . import __version__
 from .core import atomic_write, digest
 from .augmentations import keyed_rng
 from .data import ImageSet, folder_images, stratified_split
-from .features import extract_features, extraction_facts
-from .linear import classification_report, joined
+from .store import extraction_facts
+from .features import extract_features, printable
+from .linear import check_sets, classification_report, joined
 from .logistic import l2_grid, linear_scores
 from .labels import finetune
 
@@ -85,8 +88,10 @@ def _write_png(data, folder): # (n, H, W, 3) uint8 to n files
     if not folder.is_dir():
         temp = folder.with_name(f'.{folder.name}.{os.getpid()}')
         temp.mkdir(parents=True)
-        for i, x in enumerate(data): Image.fromarray(x).save(temp/f'{i:05}.png')
-        temp.rename(folder)                              # all of them, or none
+        try:
+            for i, x in enumerate(data): Image.fromarray(x).save(temp/f'{i:05}.png')
+            temp.rename(folder)                          # all of them, or none
+        finally: shutil.rmtree(temp, ignore_errors=True)
     return [folder/f'{i:05}.png' for i in range(len(data))]
 
 def _sun_split(d, root, part):
@@ -148,13 +153,27 @@ def find_transfer(
     "The data sets of table 8 that are on disk, and a warning that names the others."
     found, left_out = {}, {}
     for name in names:
-        try: found[name] = transfer_splits(name, root)
+        try: splits = transfer_splits(name, root)
         except (FileNotFoundError, RuntimeError) as e:          # RuntimeError: torchvision's own for missing files
             left_out[name] = str(e).replace(' You can use download=True to download it', '')
+            continue
+        why = _unsuited(splits)
+        if why: left_out[name] = why
+        else: found[name] = splits
     if left_out:
-        warnings.warn(f'left out {len(left_out)} of {len(names)} sets, which are not below {root}: '
-                      + ', '.join(left_out))
+        reasons = [f'{name} ({why})' for name, why in left_out.items()]
+        warnings.warn(f'left out {len(left_out)} of {len(names)} sets below {root}: {", ".join(reasons)}')
     return found, left_out
+
+def _unsuited(splits):
+    "Why a set cannot be evaluated, or None."
+    train = splits['train'] if splits['val'] is None else joined(splits['train'], splits['val'])
+    classes = np.unique(train.labels)
+    if train.labels.ndim == 1 and len(classes) < 2:
+        name = printable(train.classes[classes[0]])
+        return f'all of its training images are of one class, {name}: a classifier needs 2 or more'
+    try: check_sets(train, splits['test'])
+    except ValueError as e: return str(e)
 
 # %% ../nbs/12_transfer.ipynb #38c0617c
 def transfer_linear(
@@ -170,6 +189,7 @@ def transfer_linear(
 )->dict: # as from `classification_report`, with 'idxs', 'chosen' and 'tried'
     "Logistic regression on frozen features, its penalty chosen on validation images."
     train, val, test = splits['train'], splits['val'], splits['test']
+    check_sets(train if val is None else joined(train, val), test)
     if val is None: train, val = stratified_split(train, fraction, seed)
     def features(s):
         h, i = extract_features(encoder, s, size, crop, num_workers=num_workers)
@@ -190,8 +210,17 @@ def _kept(folder, name, facts, run):
     "What `run` returns, kept in the folder; read from there, where it has been run before."
     if folder is None: return run()
     file = Path(folder)/f'{name}-{digest([repr(facts).encode()])[:12]}.npz'
-    if not file.exists(): atomic_write(file, _to_npz(run()))
+    try: return _from_npz(file)
+    except FileNotFoundError: pass
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
+        warnings.warn(f'{file} is damaged ({e}): its result is computed again')
+    atomic_write(file, _to_npz(run()))
     return _from_npz(file)
+
+def _labeling(splits):
+    "A fingerprint of which images are in which split, and of their labels."
+    parts = [(k, len(s), s.labels.tolist(), s.classes) for k, s in splits.items() if s]
+    return digest([repr(parts).encode(errors='backslashreplace')])
 
 def _to_npz(result):
     "Bytes of an .npz file: the arrays, and all else as JSON."
@@ -222,6 +251,8 @@ def transfer(
     log=None, # called with a line of text for each result
 )->dict: # protocol to data set to encoder to results; and 'left_out': data set to reason
     "Table 8, of the data sets that are on disk."
+    if other := set(protocols) - {'linear', 'finetuned'}:
+        raise ValueError(f"the protocols are 'linear' and 'finetuned', got {sorted(other)}")
     found, left_out = find_transfer(root, names)
     grids = {'random': random_grid} | (grids or {})
     out = {p: {n: {} for n in found} for p in protocols}
@@ -229,9 +260,11 @@ def transfer(
         splits, metric = found[n], transfer_sets[n].metric
         args = (linear or {}) if p == 'linear' else dict(crop=crop) | grids.get(w, pretrained_grid)
         images = reduce(joined, filter(None, splits.values()))
-        facts = [size, seed, args, extraction_facts(encoders[w], images, size, crop, None)]
+        facts = [__version__, size, seed, args, _labeling(splits),
+                 extraction_facts(encoders[w], images, size, crop, None)]
         run = partial(_transfer_one, p, encoders[w], splits, metric, size, seed=seed, num_workers=num_workers, **args)
-        out[p][n][w] = _kept(keep, f'{n}-{p}-{w}', facts, run)
+        try: out[p][n][w] = _kept(keep, f'{n}-{p}-{w}', facts, run)
+        except ValueError as e: raise ValueError(f'{n}, {p}, {w}: {e}') from e
         if log: log(f'{n}, {p}, {w}: {out[p][n][w][metric]:.1f} ({metric})')
     return out | dict(left_out=left_out)
 

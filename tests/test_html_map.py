@@ -1,11 +1,12 @@
 "The interactive map: one file, no network; in a browser a click shows neighbors, and names stay text."
-import json, re, shutil, subprocess
+import json, re, shutil, subprocess, sys
 from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np, pytest, torch
 from PIL import Image
-from simclr_nb.pictures import html_map, nearest_to_each
+from simclr_nb.features import nearest_to_each
+from simclr_nb.pictures import html_map, plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
 
 evil = ['<b>&"', '</script><script>document.title = "broken"</script>', 'plain']
 browsers = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
@@ -136,3 +137,31 @@ def test_a_thumbnail_is_the_image(page):
         said = re.search(r'data-said="(.*?)"', opened(page, f'#{i}', script))[1]
         red, green, blue, alpha = map(int, said.split(','))
         assert abs(red - i*255//299) < 6 and alpha == 255, (i, red)
+
+
+# What a collapsed or foreign set must not break
+
+@pytest.mark.parametrize('h', ['zeros(40, 8)', 'ones(40, 8)', 'rand(40, 1)*torch.ones(8)'])
+def test_vectors_of_one_direction_are_one_point_and_a_warning(h):
+    "In a process of its own: t-SNE ended the interpreter (exit 139)."
+    code = f'import torch; from simclr_nb.pictures import project_2d; print(abs(project_2d(torch.{h})).max())'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == '0.0' and 'all 40 vectors have one direction' in done.stderr
+
+def test_a_map_of_nan_is_refused():
+    h = torch.rand(20, 4)
+    h[7] = torch.nan
+    for method in ('tsne', 'pca'):
+        with pytest.raises(ValueError, match='1 of 20 rows of features are not finite .*, the first is row 7'):
+            project_2d(h, method)
+    with pytest.raises(ValueError, match='not finite'): nearest_to_each(h)
+
+def test_names_that_are_not_utf8_are_drawn(tmp_path):
+    "Python holds a byte that is not UTF-8 as a lone surrogate, which no font and no encoder takes."
+    xy, y, names = torch.rand(6, 2), np.arange(6) % 2, ['caf\udce9', 'tea']
+    save_figure(plot_map(None, y, names, xy=xy), tmp_path/'map.png')
+    save_figure(plot_confusion(y, y, names), tmp_path/'confusion.png')
+    save_figure(plot_label_fractions({'caf\udce9': {.1: (50., 1.)}}), tmp_path/'fractions.png')
+    images = [Image.new('RGB', (8, 8))]*6
+    page = html_map(tmp_path/'map.html', xy, images, y, names, title='caf\udce9').read_bytes().decode()
+    assert r'caf\\xe9' in page

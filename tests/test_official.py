@@ -458,3 +458,45 @@ def test_torch_export_parity(arch, size):
     for n in (1, 5):
         x = torch.rand(n, 3, size, size)
         assert_close(program(x), encoder(x))
+
+
+# ---------------------------------------------------------------- numbers that are not finite, and a full disk
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    def spoil(t):
+        t['base_model/conv2d_1/kernel'] = t['base_model/conv2d_1/kernel'].copy()
+        t['base_model/conv2d_1/kernel'][0, 0, 0, 0] = value
+    with pytest.raises(BadCheckpoint, match='base_model/conv2d_1/kernel holds NaN or infinite numbers'):
+        load_official(write(tmp_path, spoil))
+
+@contextmanager
+def full_after(size):
+    "No file can grow beyond so many bytes, as on a disk that is nearly full."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+def contents(folder): return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else None
+
+@pytest.mark.parametrize('to', [None, 'hub', 'onnx'])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, to):
+    prefix, out = write(tmp_path), tmp_path/'out'
+    for size in (1000, 150_000) if to == 'onnx' else (1000,):         # in the second the encoder has room
+        with full_after(size), pytest.raises(OSError, match=f'nothing was written to {out}'): convert(prefix, out, to)
+        assert contents(out) is None
+    files = convert(prefix, out, to)
+    before = contents(out)
+    assert sorted(before) == sorted(f.name for f in files)
+    with full_after(1000), pytest.raises(OSError, match='nothing was written'): convert(prefix, out, to, overwrite=True)
+    assert contents(out) == before
+
+def test_a_full_disk_leaves_the_onnx_file_as_it_was(tmp_path):
+    encoder, file = build_encoder('resnet18_0.0625x', 32), tmp_path/'new'/'encoder.onnx'
+    with full_after(1000), pytest.raises(OSError, match='nothing was written to'): export_onnx(encoder, file)
+    assert not file.parent.exists()
+    assert export_onnx(encoder, file) == file and contents(file.parent).keys() == {'encoder.onnx'}
+    before = contents(file.parent)
+    with full_after(1000), pytest.raises(OSError): export_onnx(encoder, file)
+    assert contents(file.parent) == before

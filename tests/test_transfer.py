@@ -1,5 +1,5 @@
 "Every layout of a data set in the transfer table, and what its linear protocol may look at."
-import json, pickle
+import json, pickle, shutil
 from hashlib import md5
 
 import numpy as np, pytest, torch
@@ -8,7 +8,8 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from simclr_nb.data import ImageSet
-from simclr_nb.transfer import find_transfer, transfer_linear, transfer_sets, transfer_splits
+from simclr_nb import transfer as module
+from simclr_nb.transfer import find_transfer, transfer, transfer_linear, transfer_sets, transfer_splits
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 RNG = np.random.default_rng(0)
@@ -173,3 +174,94 @@ def test_linear_transfer_trains_on_both_parts_in_the_end(every_set):
     splits = transfer_splits('Flowers', every_set)
     out = transfer_linear(tone(), splits, 'balanced accuracy', 32, l2=[1., 2.], fit=fit, num_workers=0)
     assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['balanced accuracy'] == 100
+
+
+# Sets that cannot be evaluated
+
+def birds(root, train=HUES, test=HUES):
+    for part, hues, n in (('train', train, 6), ('test', test, 4)):
+        for h in hues:
+            for i in range(n): picture(root/f'Birdsnap/{part}/{h}/{i}.png', h)
+
+
+def quick(root, **kwargs):
+    return transfer({'a': tone()}, root, 32, protocols=['linear'], linear=dict(l2=[.01, 1.]), num_workers=0, **kwargs)
+
+
+def test_a_set_of_one_class_is_named_and_stops_no_other(tmp_path):
+    birds(tmp_path, ['red'], ['red'])
+    aircraft(tmp_path)
+    with pytest.warns(UserWarning, match='left out 1 of 2 sets.*Birdsnap .*of one class, red'):
+        table = quick(tmp_path, names=['Birdsnap', 'Aircraft'])
+    assert list(table['left_out']) == ['Birdsnap'] and list(table['linear']) == ['Aircraft']
+
+
+def test_a_set_whose_test_classes_do_not_train_is_left_out(tmp_path):
+    aircraft(tmp_path)
+    lists = tmp_path/'fgvc-aircraft-2013b/data'
+    for part, n in dict(train=6, val=4).items():
+        write(lists/f'images_variant_{part}.txt', [f'{part}{h}{i} {h}' for h, i in rows(n) if h != 'green'])
+    with pytest.warns(UserWarning, match='no training image of these classes of the test images: green'):
+        assert find_transfer(tmp_path, ['Aircraft'])[0] == {}
+
+
+def test_an_error_names_the_set_the_protocol_and_the_encoder(tmp_path):
+    birds(tmp_path)
+    class Nan(torch.nn.Module):
+        def forward(self, x): return x.flatten(1)*torch.nan
+    with pytest.raises(ValueError, match='Birdsnap, linear, broken: the features of 14 of 14 images are not finite'):
+        transfer({'broken': Nan()}, tmp_path, 32, ['Birdsnap'], num_workers=0)
+    with pytest.raises(ValueError, match='Birdsnap, finetuned, a: lr must be a number, above 0, got 0'):
+        transfer({'a': tone()}, tmp_path, 32, ['Birdsnap'], ['finetuned'], grids={'a': dict(lr=0)}, num_workers=0)
+    with pytest.raises(ValueError, match="the protocols are 'linear' and 'finetuned', got"):
+        transfer({'a': tone()}, tmp_path, 32, ['Birdsnap'], ['linaer'])
+
+
+# Answers that are kept
+
+@pytest.fixture
+def kept(tmp_path):
+    birds(tmp_path/'sets')
+    def run(root='sets'):
+        quick(tmp_path/root, names=['Birdsnap'], keep=tmp_path/'kept')
+        return {f: f.stat().st_mtime_ns for f in (tmp_path/'kept').iterdir()}
+    return run, tmp_path
+
+
+def test_answers_are_kept_where_the_sets_move(kept):
+    run, folder = kept
+    first = run()
+    (folder/'sets').rename(folder/'elsewhere')
+    assert run('elsewhere') == first and len(first) == 1
+
+
+def test_another_version_and_other_images_are_asked_anew(kept, monkeypatch):
+    run, folder = kept
+    first = run()
+    monkeypatch.setattr(module, '__version__', '0.0.0')
+    assert len(run()) == 2
+    monkeypatch.undo()
+    assert run().keys() > first.keys() and len(run()) == 2
+    classes = folder/'sets/Birdsnap/train'
+    (classes/'red/0.png').rename(classes/'green/9.png')                # the same images, one with another label
+    assert len(run()) == 3
+
+
+def test_a_damaged_answer_is_computed_again(kept):
+    run, _ = kept
+    file, = run()
+    good = file.read_bytes()
+    for data in (good[:len(good)//2], b'', b'no zip file'):
+        file.write_bytes(data)
+        with pytest.warns(UserWarning, match=f'{file.name} is damaged'): run()
+        with np.load(file) as stored: assert 'scores' in stored
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_cifar(every_set, monkeypatch):
+    shutil.rmtree(every_set/'CIFAR10_png', ignore_errors=True)
+    def full(self, path): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(Image.Image, 'save', full)
+        with pytest.raises(OSError, match='No space left'): transfer_splits('CIFAR10', every_set)
+    assert list((every_set/'CIFAR10_png').iterdir()) == []
+    assert len(transfer_splits('CIFAR10', every_set)['train']) == 18
