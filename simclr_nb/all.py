@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'simclr_augmentations', 'augmentations_for', 'ImageSet', 'load_images', 'train_test_splits',
-           'open_image', 'TwoCropDataset', 'StepSampler', 'train_loader', 'build_encoder', 'encoder_info',
-           'load_encoder', 'save_encoder', 'SimCLR', 'projection_head', 'load_head', 'save_head', 'nt_xent', 'LARS',
-           'learning_rate', 'scale_lr', 'checkpoint_activations', 'memory_per_device', 'simclr_learner',
-           'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'History', 'read_history', 'OnlineEval', 'OnlineProbe',
+           'open_image', 'TwoCropDataset', 'train_loader', 'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR',
+           'projection_head', 'nt_xent', 'LARS', 'checkpoint_activations', 'memory_per_device', 'simclr_learner',
+           'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'OnlineEval', 'OnlineProbe', 'read_history',
            'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'logistic_regression',
            'permutation_test', 'finetune', 'label_fraction', 'transfer', 'find_near_duplicates', 'plot_history',
            'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess', 'convert']
 
 # %% ../nbs/14f_all.ipynb #2dc486e6
 from .augmentations import Augmentation, simclr_augmentations
-from .encoder import build_encoder, encoder_info, load_encoder, save_encoder
-from .projection import SimCLR, load_head, projection_head, save_head
+from .encoder import build_encoder, load_encoder, save_encoder
+from .projection import SimCLR, projection_head
 from .ntxent import nt_xent
-from .lars import LARS, learning_rate, scale_lr
-from .data import (ImageSet, StepSampler, TwoCropDataset, augmentations_for, load_images, open_image,
-    train_loader, train_test_splits)
+from .lars import LARS
+from .data import (ImageSet, TwoCropDataset, augmentations_for, load_images, open_image, train_loader,
+    train_test_splits)
 from .memory import checkpoint_activations, memory_per_device
-from .callbacks import History, OnlineEval, OnlineProbe, read_history
+from .callbacks import OnlineEval, OnlineProbe, read_history
 from .resume import Checkpoints
 from .learner import SimCLRLearner, simclr_learner, supervised_learner
 from .features import extract_features, find_near_duplicates, knn_evaluator
@@ -36,10 +35,11 @@ from .export import convert
 # %% ../nbs/14f_all.ipynb #1d22f999
 _all_ = [
     'Augmentation', 'simclr_augmentations', 'augmentations_for',
-    'ImageSet', 'load_images', 'train_test_splits', 'open_image', 'TwoCropDataset', 'StepSampler', 'train_loader',
-    'build_encoder', 'encoder_info', 'load_encoder', 'save_encoder', 'SimCLR', 'projection_head', 'load_head', 'save_head',
-    'nt_xent', 'LARS', 'learning_rate', 'scale_lr', 'checkpoint_activations', 'memory_per_device',
-    'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'History', 'read_history', 'OnlineEval', 'OnlineProbe',
+    'ImageSet', 'load_images', 'train_test_splits', 'open_image', 'TwoCropDataset', 'train_loader',
+    'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR', 'projection_head',
+    'nt_xent', 'LARS', 'checkpoint_activations', 'memory_per_device',
+    'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'OnlineEval', 'OnlineProbe', 'read_history',
     'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'logistic_regression', 'permutation_test',
     'finetune', 'label_fraction', 'transfer', 'find_near_duplicates',
-    'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess', 'convert']
+    'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map',
+    'load_official', 'preprocess', 'convert']

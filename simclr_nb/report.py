@@ -23,7 +23,7 @@ from .pictures import (html_map, markdown_table, nearest_to_each, plot_alignment
     plot_label_fractions, plot_map, plot_neighbors, plot_scores, plot_spectrum, project_2d, protocol_names, save_figure)
 from .linear import check_labels, classification_report, linear_evaluation, permutation_test
 from .logistic import logistic_regression
-from .labels import finetune as train_all, label_indices
+from .labels import finetune as fine_tune, label_indices
 from .official import preprocess
 from .runs import read_json
 from .candidates import Found, baselines, head_of
@@ -95,7 +95,7 @@ def finetune(self:EvalSuite, name, some, seed):
     usual = 60 if fraction < .05 else 30
     if self.small and fraction >= .5: usual = 10
     lr = .05 if self.small else None
-    return train_all(self.encoders[name], self.train.subset(some), self.test, self.size,
+    return fine_tune(self.encoders[name], self.train.subset(some), self.test, self.size,
         self.finetune_epochs or usual, _small_batch(some), lr, seed=seed, **self.options)
 
 def _small_batch(some)->int:
@@ -166,7 +166,7 @@ def _spread(values:list)->dict:
     return dict(mean=float(np.mean(values)), sd=sd, values=[float(v) for v in values])
 
 # %% ../nbs/14a_report.ipynb #1cc17781
-# (set, network, protocol, fraction of the labels): tables 6 and 7, appendix B.9; ImageNet with 1,000 epochs, linear on h
+# (set, network, protocol, fraction of the labels): tables 6 and 7, appendix B.9; ImageNet: 1,000 epochs, linear on h
 paper_top1 = {
     ('ImageNet', 'resnet50', 'linear', 1.): 69.3,
     ('ImageNet', 'resnet50', 'finetune', .01): 48.3,
@@ -270,7 +270,7 @@ def remarks(facts:dict)->list: # of sentences
     if on['pretraining_complete'] is False:
         out.append('Pretraining was not complete: the encoder is that of the last checkpoint.')
     if on['left_out']:
-        out.append(f"{len(on['left_out'])} files could not be read and were left out: {', '.join(on['left_out'][:10])}")
+        out.append(f"Unreadable files, left out ({len(on['left_out'])}): {', '.join(on['left_out'][:10])}")
     if on['test_seen_in_pretraining']:
         out.append(f"Pretraining has seen {on['test_seen_in_pretraining']} of the {on['test']} test images, "
                    'without their labels.')

@@ -107,8 +107,8 @@ def check_machine(s):
         raise ValueError('float16 is for GPUs: take --precision bf16 or fp32 on a CPU')
     n = launched()
     if s.processes not in (None, n):
-        raise ValueError(f'--processes {s.processes} does not start processes, and the launcher started {n}: write\n'
-            f'torchrun --nproc_per_node {s.processes} -m simclr_nb pretrain …')
+        raise ValueError(f'--processes {s.processes} starts no processes, and there {"is" if n == 1 else "are"} {n}: '
+                         f'start them with torchrun --nproc_per_node {s.processes} -m simclr_nb pretrain …')
     if s.batch_size % n:
         raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: '
                          f'choose --batch-size among the multiples of {n}')

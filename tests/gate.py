@@ -9,8 +9,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 root = Path(__file__).resolve().parents[1]
-tool = lambda name: str(Path(sys.executable).with_name(name))
 results = []  # one True or False for every check, notebook and test
+
+def tool(name): return str(Path(sys.executable).with_name(name))
 
 def report(name, problems):
     results.append(not problems)
@@ -69,9 +70,11 @@ def test_notebook(file):
     from nbdev.config import get_config
     from nbdev.test import nb_test_cells
     start, threads = time.time(), max(1, (os.cpu_count() or 1) // workers)
-    done = run(tool('nbdev-test'), str(file), '--flags', ' '.join(flags), env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+    done = run(tool('nbdev-test'), str(file), '--flags', ' '.join(flags), env=env)
     problems = [] if done.returncode == 0 and 'Success.' in done.stdout else [done.stdout + done.stderr]
-    if not problems and '"code"' in file.read_text(encoding='utf-8') and not nb_test_cells(file, get_config(root).tst_flags, flags):
+    has_code = '"code"' in file.read_text(encoding='utf-8')
+    if not problems and has_code and not nb_test_cells(file, get_config(root).tst_flags, flags):
         problems = ['none of its code cells is run']
     return problems, time.time() - start
 
@@ -85,7 +88,8 @@ def pytest():
     "Run the tests and count them, each by its name and outcome."
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder)/'tests.xml'
-        code = subprocess.run([sys.executable, '-m', 'pytest', 'tests', '-q', '-rs', f'--junitxml={xml}'], cwd=root).returncode
+        command = [sys.executable, '-m', 'pytest', 'tests', '-q', '-rs', f'--junitxml={xml}']
+        code = subprocess.run(command, cwd=root).returncode
         cases = list(ElementTree.parse(xml).iter('testcase')) if xml.exists() else []
     outcomes = [{child.tag for child in case} & {'failure', 'error', 'skipped'} for case in cases]
     ran = [not outcome for outcome in outcomes if outcome != {'skipped'}]

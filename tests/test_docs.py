@@ -23,7 +23,8 @@ def site(tmp_path_factory):
     "The project's own site, built in a copy."
     if not shutil.which('quarto'): pytest.importorskip('smalldocs')
     copy = tmp_path_factory.mktemp('docs')
-    for name in subprocess.check_output(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=root, text=True).split('\0'):
+    listed = subprocess.check_output(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=root, text=True)
+    for name in listed.split('\0'):
         if not name or not (root/name).exists(): continue
         (copy/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root/name, copy/name, follow_symlinks=False)
@@ -37,7 +38,8 @@ def site(tmp_path_factory):
 def sidebar_of(text):
     "What the sidebar of a page shows: pairs of (page, text)."
     bar = text[text.index('id="quarto-sidebar"'):text.index('<main')]
-    links = re.findall(r'<a [^>]*?href="(?:\./)?([\w./]+)"[^>]*>\s*<span class="menu-text">(.*?)</span>', bar, flags=re.S)
+    entry = r'<a [^>]*?href="(?:\./)?([\w./]+)"[^>]*>\s*<span class="menu-text">(.*?)</span>'
+    links = re.findall(entry, bar, flags=re.S)
     return [(page, docs.html.unescape(label)) for page, label in links]
 
 def title_of(notebook):
@@ -56,9 +58,10 @@ def test_every_notebook_is_a_page_of_the_sidebar(site):
 
 def test_chapters_stand_in_order_with_their_appendices_below(site):
     labels = [label for _, label in sidebar_of((site/'index.html').read_text(encoding='utf-8'))]
-    numbers = [re.match(r'(\d+)([a-z]*) ', label) for label in labels]
-    numbers = [(int(found[1]), found[2]) for found in numbers if found]
-    assert numbers == sorted(numbers) and len(numbers) > 20
+    found = [re.match(r'(\d+)([a-z]*) ', label) for label in labels]
+    numbers = [(int(number[1]), number[2]) for number in found if number]
+    story = [number for number in numbers if number[0]]               # 0a is below all chapters
+    assert story == sorted(story) and {n for n, letter in story if not letter} == {n for n, _ in story}
 
 def test_pages_read_without_a_network(site):
     if shutil.which('quarto'): pytest.skip('this is about the site of smalldocs')
@@ -76,11 +79,9 @@ def test_every_page_has_an_icon(site):
 def test_a_definition_is_what_a_search_finds_first(site):
     entries = json.loads((site/'search.json').read_text(encoding='utf-8'))
     found = {entry['title']: entry for entry in reversed(entries)}
-    for name, page in dict(simclr_learner='learner', nt_xent='ntxent', LARS='lars', simclr_views='augmentations').items():
-        if name not in found: continue
+    for name, page in dict(simclr_learner='learner', nt_xent='ntxent', LARS='lars').items():
         file, anchor = found[name]['href'].removeprefix('./').split('#')
         assert file == f'{page}.html' and f'id="{anchor}"' in (site/file).read_text(encoding='utf-8')
-    assert {'simclr_learner', 'nt_xent', 'LARS'} <= set(found)
 
 def test_what_a_search_finds_is_not_clipped_and_tables_scroll(site):
     style = (site/'styles.css').read_text(encoding='utf-8')
@@ -96,10 +97,14 @@ def test_links_lead_to_definitions(site):
 # The checks find what is planted
 
 def test_broken_links_are_found(tmp_path):
-    (tmp_path/'there.html').write_text('<h2 id="part">x</h2> <a href="index.html">back</a> <a href="https://example.com/no">out</a>')
-    (tmp_path/'index.html').write_text('''<a href="there.html#part"></a> <a href="there.html?x=1"></a> <a href="./"></a> <img src="data:x">
-        <a href="there.html#gone"></a> <a href="gone.html"></a> <img src="gone.png"> <a href="#nowhere"></a> <a href="/there.html"></a>''')
-    assert list(docs.broken(tmp_path)) == [f'index.html: {target}' for target in ('#nowhere', 'gone.html', 'gone.png', 'there.html#gone')]
+    (tmp_path/'there.html').write_text(
+        '<h2 id="part">x</h2> <a href="index.html">back</a> <a href="https://example.com/no">out</a>')
+    (tmp_path/'index.html').write_text('''
+        <a href="there.html#part"></a> <a href="there.html?x=1"></a> <a href="./"></a> <img src="data:x">
+        <a href="there.html#gone"></a> <a href="gone.html"></a> <img src="gone.png">
+        <a href="#nowhere"></a> <a href="/there.html"></a>''')
+    lost = '#nowhere', 'gone.html', 'gone.png', 'there.html#gone'
+    assert list(docs.broken(tmp_path)) == [f'index.html: {target}' for target in lost]
 
 def test_formulas_become_mathml():
     mathml = docs.formula(re.match(r'(inline) (.*)', r'inline \tau &lt; 1'))
@@ -107,14 +112,17 @@ def test_formulas_become_mathml():
     with pytest.raises(ValueError, match='nosuch'): docs.formula(re.match(r'(inline) (.*)', r'inline \nosuch{x}'))
 
 @pytest.mark.parametrize('text', [
-    '<link rel="stylesheet" href="https://x.org/a.css">', '<script src="//x.org/a.js"></script>', '<img src="http://x.org/a.png">',
+    '<link rel="stylesheet" href="https://x.org/a.css">', '<script src="//x.org/a.js"></script>',
+    '<img src="http://x.org/a.png">',
     '<style>@import "https://x.org/a.css";</style>', '<p style="background: url(https://x.org/a.png)"></p>'])
 def test_what_a_page_fetches_is_found(tmp_path, text):
-    (tmp_path/'page.html').write_text(f'<a href="https://x.org">out</a> <pre>&lt;img src="https://x.org"&gt;</pre> {text}')
+    link, shown = '<a href="https://x.org">out</a>', '<pre>&lt;img src="https://x.org"&gt;</pre>'
+    (tmp_path/'page.html').write_text(link + shown + text)
     found, = docs.fetched(tmp_path)
     assert found.startswith('page.html: ') and 'x.org/a' in found
 
-@pytest.mark.parametrize('text', ['@import url(https://x.org/f?a:wght@300;400;700&display=swap);', '@import "//x.org/f.css";'])
+@pytest.mark.parametrize('text', [
+    '@import url(https://x.org/f?a:wght@300;400;700&display=swap);', '@import "//x.org/f.css";'])
 def test_what_a_style_sheet_fetches_is_found_and_taken_out(tmp_path, text):
     (tmp_path/'a.css').write_text(f'/* see https://x.org */{text}body{{margin:0}}@import "near.css";')
     assert len(list(docs.fetched(tmp_path))) == 1
@@ -122,7 +130,8 @@ def test_what_a_style_sheet_fetches_is_found_and_taken_out(tmp_path, text):
 
 @pytest.mark.parametrize('text', ['<td>$v^+ - v^-$ if</td>', r'<p>\tau</p>', '<p>``` bash</p>'])
 def test_raw_formulas_and_fences_are_found(tmp_path, text):
-    (tmp_path/'page.html').write_text(rf'<code>$x \tau ```</code><pre>a$b$</pre><math>x</math><script>"\n$"</script>{text}')
+    code = r'<code>$x \tau ```</code><pre>a$b$</pre><math>x</math><script>"\n$"</script>'
+    (tmp_path/'page.html').write_text(code + text)
     assert len(list(docs.raw_tex(tmp_path))) == 1
 
 def test_bare_fences_are_found():
@@ -135,12 +144,14 @@ def display(**data): return dict(output_type='display_data', metadata={}, data=d
 
 def planted(folder, *cells):
     "A notebook whose cells are given: a string is Markdown, a list the outputs of a code cell."
-    made = [dict(cell_type='markdown', source=c) if isinstance(c, str) else dict(cell_type='code', source='', outputs=c) for c in cells]
+    made = [dict(cell_type='markdown', source=c) if isinstance(c, str)
+            else dict(cell_type='code', source='', outputs=c) for c in cells]
     (folder/'nb.ipynb').write_text(json.dumps(dict(cells=made)))
     return folder/'nb.ipynb'
 
 bar = {'text/html': '<style>\nprogress { }\n</style>'}
-table = {'text/html': '<table class="fastprogress"><thead><tr><th>epoch</th><th>loss</th></tr></thead><tr><td>0</td><td>8.3</td></tr></table>'}
+head, row = '<thead><tr><th>epoch</th><th>loss</th></tr></thead>', '<tr><td>0</td><td>8.3</td></tr>'
+table = {'text/html': f'<table class="fastprogress">{head}{row}</table>'}
 
 @pytest.mark.parametrize('cell, what', [
     ('```\nmake\n```', 'fence'), ([stream('a'), stream('b')], 'several blocks'), ([display(**bar)], 'progress bar'),
@@ -154,13 +165,17 @@ def test_untidy_notebooks_are_found_and_tidied(tmp_path, cell, what):
 
 def test_tidying_keeps_what_is_said():
     figure = display(**{'image/png': 'x'})
-    before = [stream('a\n'), stream('w\n', 'stderr'), stream(['b\n', 'c']), figure, stream('d'), display(**bar), stream('e')]
+    before = [stream('a\n'), stream('w\n', 'stderr'), stream(['b\n', 'c']), figure,
+              stream('d'), display(**bar), stream('e')]
     merged = [stream(['a\n', 'b\n', 'c']), stream('w\n', 'stderr'), figure, stream(['de'])]
     assert outputs.tidy(before) == merged and before[0]['text'] == 'a\n'
-    assert outputs.tidy([display(**table)])[0]['data']['text/markdown'] == ['| epoch | loss |\n', '| --- | --- |\n', '| 0 | 8.3 |']
+    shown, = outputs.tidy([display(**table)])
+    assert ''.join(shown['data']['text/markdown']) == '| epoch | loss |\n| --- | --- |\n| 0 | 8.3 |'
 
 def test_definitions_stand_before_sections(monkeypatch):
-    monkeypatch.setattr(docs, 'symbols', lambda: [('f', 'a.html#f', 'a.py'), ('C.m', 'a.html#c.m', 'a.py'), ('_g', 'a.html#_g', 'a.py')])
+    names = [('f', 'a.html#f', 'a.py'), ('C.m', 'a.html#c.m', 'a.py'), ('_g', 'a.html#_g', 'a.py')]
+    monkeypatch.setattr(docs, 'symbols', lambda: names)
     monkeypatch.setattr(docs, 'docstrings', lambda file: {'f': 'What `f` does.'})
     found, = docs.definitions([dict(href='a.html#part', title='Chapter')])
-    assert found == dict(objectID='a.html#f', href='a.html#f', title='f', section='defined in Chapter', text='What f does.')
+    assert found == dict(objectID='a.html#f', href='a.html#f', title='f', section='defined in Chapter',
+                         text='What f does.')

@@ -32,16 +32,18 @@ def number(notebook):
 
 def code_cells(notebook):
     "The sources of the code cells of a notebook."
-    return [''.join(c['source']) for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    return [''.join(cell['source']) for cell in cells(notebook) if cell['cell_type'] == 'code']
 
-def cells(notebook): return len(json.loads(notebook.read_text(encoding='utf-8'))['cells'])
+def cells(notebook): return json.loads(notebook.read_text(encoding='utf-8'))['cells']
+
+def sources(): return {name: file.read_text(encoding='utf-8') for name, file in modules().items()}
 
 def house():
     "Rows of (notebook, module, lines, cells), in the order of the notebooks."
     rows = []
-    for name, file in modules().items():
-        notebook = notebook_of(file.read_text(encoding='utf-8'))
-        rows.append((notebook, name, len(file.read_text(encoding='utf-8').splitlines()), cells(notebooks/notebook)))
+    for name, source in sources().items():
+        notebook = notebook_of(source)
+        rows.append((notebook, name, len(source.splitlines()), len(cells(notebooks/notebook))))
     return sorted(rows)
 
 def table(rows):
@@ -54,13 +56,19 @@ def table(rows):
 
 def too_large(rows):
     "Modules with too many lines, notebooks with too many cells."
-    wrong = [f'{module} has {n} lines, at most {lines_of_a_module}' for _, module, n, _ in rows if n > lines_of_a_module]
-    return wrong + [f'{notebook} has {n} cells, at most {cells_of_a_chapter}' for notebook, _, _, n in rows if n > cells_of_a_chapter]
+    wrong = []
+    for notebook, module, lines, cells in rows:
+        if lines > lines_of_a_module: wrong.append(f'{module} has {lines} lines, at most {lines_of_a_module}')
+        if cells > cells_of_a_chapter: wrong.append(f'{notebook} has {cells} cells, at most {cells_of_a_chapter}')
+    return wrong
 
 def too_long(sources):
     "Lines that are too long, in sources by name."
-    return [f'{name}, line {i}: {len(line)} characters, at most {characters_of_a_line}'
-            for name, source in sources.items() for i, line in enumerate(source.splitlines(), 1) if len(line) > characters_of_a_line]
+    most, wrong = characters_of_a_line, []
+    for name, source in sources.items():
+        for i, line in enumerate(source.splitlines(), 1):
+            if len(line) > most: wrong.append(f'{name}, line {i}: {len(line)} characters, at most {most}')
+    return wrong
 
 def imports(source):
     "What a source imports from the package, also inside functions: pairs of (module, name); name None: the module."
@@ -83,8 +91,9 @@ def private_imports(sources):
 
 def upward_imports(sources, numbers):
     "Imports of a module with a higher number. `sources` and `numbers` go by module."
-    return sorted({f'{module} ({numbers[module]}) imports {other} ({numbers[other]})' for module, source in sources.items()
-                   for other, _ in imports(source) if numbers[other] > numbers[module]})
+    pairs = {(module, other) for module, source in sources.items() for other, _ in imports(source)}
+    return [f'{module} ({numbers[module]}) imports {other} ({numbers[other]})'
+            for module, other in sorted(pairs) if numbers[other] > numbers[module]]
 
 def cycles(sources):
     "Modules that import each other, by whatever way round."
@@ -98,9 +107,9 @@ def cycles(sources):
 
 def names_in_all(source):
     "How many names a module has in `__all__`."
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == '__all__': return len(node.value.elts)
-    return 0
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    lists = [node.value.elts for node in assigned if getattr(node.targets[0], 'id', None) == '__all__']
+    return len(lists[0]) if lists else 0
 
 def in_a_new_process(code):
     "What some code prints, in a process of its own."
@@ -110,12 +119,17 @@ def in_a_new_process(code):
 
 def first_that_loads(names, library):
     "The first of some modules of the package, imported one after another, that loads a library."
-    loop = f'for name in {tuple(names)}:\n    importlib.import_module("simclr_nb." + name)\n    if {library!r} in sys.modules: sys.exit(print(name))'
-    return in_a_new_process(f'import importlib, sys\n{loop}')
+    return in_a_new_process(f'''
+import importlib, sys
+for name in {tuple(names)}:
+    importlib.import_module("simclr_nb." + name)
+    if {library!r} in sys.modules: sys.exit(print(name))
+''')
 
 def loaded(code, names):
     "Which of some modules are loaded after some code."
-    return in_a_new_process(f'import contextlib, io, sys\n{code}\nprint(*[n for n in {tuple(names)} if n in sys.modules])').split()
+    asked = f'print(*[name for name in {tuple(names)} if name in sys.modules])'
+    return in_a_new_process('\n'.join(['import contextlib, io, sys', code, asked])).split()
 
 help_code = '''
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
@@ -125,8 +139,6 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 
 
 # The house
-
-def sources(): return {name: file.read_text(encoding='utf-8') for name, file in modules().items()}
 
 def plain(source):
     "A cell's source without lines that are for IPython alone."
@@ -141,8 +153,8 @@ def test_rooms_are_small():
 def test_lines_fit():
     long = {f'{nb.name}, exported cell {i}': source for nb in sorted(notebooks.glob('*.ipynb'))
             for i, source in enumerate(code_cells(nb)) if re.match(r'#\|\s*export', source)}
-    files = {str(f.relative_to(root)): f.read_text(encoding='utf-8') for folder in ('tests', 'bench') for f in sorted((root/folder).rglob('*.py'))}
-    none(too_long(long | files))
+    files = [*sorted((root/'tests').rglob('*.py')), *sorted((root/'bench').rglob('*.py'))]
+    none(too_long(long | {str(f.relative_to(root)): f.read_text(encoding='utf-8') for f in files}))
 
 def test_nothing_private_is_imported(): none(private_imports(sources()))
 
@@ -160,14 +172,16 @@ def test_parts_stand_alone():
 
 def test_modules_name_few_things():
     counts = {name: names_in_all(source) for name, source in sources().items() if name != 'all'}
-    none([f'{name} has {n} names in __all__, at most {names_of_a_module}' for name, n in counts.items() if n > names_of_a_module])
+    most = names_of_a_module
+    none([f'{name} has {n} names in __all__, at most {most}' for name, n in counts.items() if n > most])
     assert 30 <= names_in_all(sources()['all']) <= 50
 
 def test_help_is_quick_and_loads_nothing_heavy():
     assert not loaded(help_code, heavy)
     def seconds():
         start = time.perf_counter()
-        subprocess.run([sys.executable, '-m', 'simclr_nb', 'pretrain', '--help'], capture_output=True, check=True, cwd=root)
+        command = [sys.executable, '-m', 'simclr_nb', 'pretrain', '--help']
+        subprocess.run(command, capture_output=True, check=True, cwd=root)
         return time.perf_counter() - start
     assert min(seconds() for _ in range(3)) < 2
 
@@ -201,6 +215,6 @@ def test_names_and_loaded_modules_are_seen():
     assert first_that_loads(['options', 'cli', 'core', 'ntxent'], 'torch') == 'core'
     assert loaded('import fastai.basics', heavy) and not loaded('import json', heavy)
     assert number('08a_callbacks.ipynb') == number('08_learner.ipynb') == 8 and number('index.ipynb') is None
-    assert notebook_of('"""x"""\n\n# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/08a_callbacks.ipynb.\n') == '08a_callbacks.ipynb'
+    assert notebook_of('"x"\n\n# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/08a_x.ipynb.\n') == '08a_x.ipynb'
 
 if __name__ == '__main__': print(table(house()))

@@ -9,9 +9,13 @@ from PIL import Image
 def test_a_run_is_logged(tmp_path, kind):
     images, out = tmp_path/'images', tmp_path/'run'
     images.mkdir()
-    for i in range(16): Image.fromarray(np.random.default_rng(i).integers(0, 255, (36, 36, 3), dtype=np.uint8)).save(images/f'{i}.png')
-    command = [sys.executable, '-m', 'simclr_nb.cli', 'pretrain', images, '--out', out, '--log', kind] + '--arch resnet18_0.125x --size 32 --bs 8 --epochs 2 --lr 0.1 --workers 0'.split()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, 'WANDB_MODE': 'offline', 'OMP_NUM_THREADS': '1'})
+    for i in range(16):
+        noise = np.random.default_rng(i).integers(0, 255, (36, 36, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(images/f'{i}.png')
+    options = '--arch resnet18_0.125x --size 32 --batch-size 8 --epochs 2 --lr 0.1 --num-workers 0'.split()
+    command = [sys.executable, '-m', 'simclr_nb', 'pretrain', images, '--out', out, '--log', kind, *options]
+    env = {**os.environ, 'WANDB_MODE': 'offline', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (out/'encoder.safetensors').exists()
     if kind == 'tensorboard':

@@ -11,7 +11,8 @@ settings = ConfigParser(interpolation=None)
 settings.read(root/'settings.ini', encoding='utf-8')
 version = re.search(r'__version__ = "(.+)"', (root/'simclr_nb/__init__.py').read_text())[1]
 modules = sorted(p.stem for p in (root/'simclr_nb').glob('[!_]*.py'))
-lines = lambda text: text.strip().splitlines()
+recipes = 'imagenet', 'imagenet-sqrt', 'cifar10', 'solar_cells', 'imagenette'
+def lines(text): return text.strip().splitlines()
 
 def run(*command, **kw):
     done = subprocess.run([str(o) for o in command], capture_output=True, text=True, **kw)
@@ -46,31 +47,35 @@ def env(wheel, tmp_path_factory):
     python = folder/'bin/python'
     site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
     pip('--python', python, 'install', '--no-deps', '--no-index', wheel)
-    (site/'dependencies.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}) + '\n')
+    dependencies = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
+    (site/'dependencies.pth').write_text('\n'.join(dependencies) + '\n')
     return folder
 
-def python(env, code, tmp_path):
+def away(folder, *command):
+    "What a command of the new environment prints, away from this folder."
     clean = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'VIRTUAL_ENV'))}
-    return run(env/'bin/python', '-c', code, cwd=tmp_path, env=clean).strip()
+    return run(*command, cwd=folder, env=clean).strip()
 
-recipes = 'imagenet', 'imagenet-sqrt', 'cifar10', 'solar_cells', 'imagenette'
+def python(env, code, tmp_path): return away(tmp_path, env/'bin/python', '-c', code)
 
 def test_wheel_holds_the_package_only(wheel):
     tops = {name.split('/')[0] for name in contents(wheel)}
     assert tops == {'simclr_nb', f'simclr_nb-{version}.dist-info'}
-    assert {f'simclr_nb/{name}.py' for name in [*modules, '__init__', '_modidx']} | {'simclr_nb/map.html'} | {f'simclr_nb/recipes/{name}.ini' for name in recipes} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
+    files = {f'{name}.py' for name in [*modules, '__init__', '__main__', '_modidx']}
+    files |= {'map.html'} | {f'recipes/{name}.yaml' for name in recipes}
+    assert {f'simclr_nb/{name}' for name in files} == {n for n in contents(wheel) if n.startswith('simclr_nb/')}
     assert any(name.endswith('licenses/LICENSE') for name in contents(wheel))
 
 def test_metadata_is_what_settings_say(wheel):
     meta = message_from_bytes(zipfile.ZipFile(wheel).read(f'simclr_nb-{version}.dist-info/METADATA'))
-    project, plain = settings['project'], lambda r: re.sub(r'[\s"\']', '', r)
+    project = settings['project']
     assert (meta['Name'], meta['Version'], meta['Summary']) == ('simclr_nb', version, project['description'])
     assert (meta['Author'], meta['License-Expression']) == (project['author'], project['license'])
     assert meta['Requires-Python'] == f">={project['min_python']}"
     assert meta['Description-Content-Type'] == 'text/markdown' and meta.get_payload().strip()
-    required = {plain(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
-    asked = {plain(r) for r in lines(project['requirements'])}
-    assert {frozenset(re.split('[,<>=!~]+', r)) for r in required} == {frozenset(re.split('[,<>=!~]+', r)) for r in asked}
+    def parts(requirement): return frozenset(re.split('[,<>=!~]+', re.sub(r'[\s"\']', '', requirement)))
+    required = {parts(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
+    assert required == {parts(r) for r in lines(project['requirements'])}
     assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
 
 def test_torch_is_left_to_pip():
@@ -79,17 +84,30 @@ def test_torch_is_left_to_pip():
         assert re.fullmatch(rf'{name}>=[\d.]+', required), 'a lower bound only, no build and no index'
 
 def test_imports_from_anywhere(env, tmp_path):
-    found = python(env, 'from simclr_nb.learner import simclr_learner; import simclr_nb; print(simclr_nb.__file__)', tmp_path)
+    code = 'from simclr_nb.learner import simclr_learner; import simclr_nb; print(simclr_nb.__file__)'
+    found = python(env, code, tmp_path)
     assert Path(found).is_relative_to(env)
+
+def test_everything_a_user_needs_in_one_import(env, tmp_path):
+    assert python(env, 'from simclr_nb.all import *; print(load_encoder.__module__)', tmp_path) == 'simclr_nb.encoder'
 
 def test_every_module_imports(env, tmp_path):
     code = f'import importlib\nfor name in {modules}: print(importlib.import_module("simclr_nb." + name).__file__)'
     assert all(Path(found).is_relative_to(env) for found in python(env, code, tmp_path).splitlines())
 
-@pytest.mark.parametrize('command', settings['console_scripts'])
+def test_there_is_one_command(): assert dict(settings['console_scripts']) == {'simclr': 'simclr_nb.cli:main'}
+
+@pytest.mark.parametrize('command', ['pretrain', 'plot', 'evaluate', 'transfer', 'convert'])
 def test_commands_answer(env, tmp_path, command):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
-    assert 'usage' in run(env/'bin'/command, '--help', cwd=tmp_path, env=clean).lower()
+    assert f'simclr {command}' in away(tmp_path, env/'bin/simclr', command, '--help')
+
+def test_the_package_is_the_command(env, tmp_path):
+    said = away(tmp_path, env/'bin/python', '-m', 'simclr_nb', '--help')
+    assert said == away(tmp_path, env/'bin/simclr', '--help') and 'pretrain' in said
+
+def test_recipes_are_found(env, tmp_path):
+    said = away(tmp_path, env/'bin/simclr', 'pretrain', '--recipe', 'imagenet', '--help')
+    assert 'default: 4096' in said
 
 def test_version_is_the_same_everywhere():
     assert f'version: {version}\n' in (root/'CITATION.cff').read_text()
