@@ -83,6 +83,11 @@ def test_a_definition_is_what_a_search_finds_first(site):
         file, anchor = found[name]['href'].removeprefix('./').split('#')
         assert file == f'{page}.html' and f'id="{anchor}"' in (site/file).read_text(encoding='utf-8')
 
+def test_names_in_tables_may_break():
+    text = '<code>a_b.c</code><table><td><code>test_a.py::test_b</code> a_b</td></table>'
+    broken = 'test_<wbr>a.<wbr>py::<wbr>test_<wbr>b'
+    assert docs.breakable(text) == text.replace('test_a.py::test_b', broken)
+
 def test_what_a_search_finds_is_not_clipped_and_tables_scroll(site):
     style = (site/'styles.css').read_text(encoding='utf-8')
     assert 'position: fixed' in re.search(r'\.smalldocs-search-results \{(.*?)\}', style, flags=re.S)[1]

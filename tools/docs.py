@@ -38,12 +38,19 @@ def anchors(text, name):
         if page == name: text = text[:start] + re.sub(definition, rf'\1<a id="{anchor}"></a>\2', text[start:], count=1)
     return text
 
+def breakable(text):
+    "Let names in tables break after an underscore, a dot or a colon: a table then fits a narrow screen."
+    def code(match): return re.sub(r'(_+|\.|:+|/)(?=\w)', r'\1<wbr>', match[0])
+    def row(match): return re.sub(r'(?<=<code>)[^<>]+(?=</code>)', code, match[0])
+    return re.sub(r'<td\b.*?</td>', row, text, flags=re.S)
+
 def finish(page, names):
     "Give a page what it lacks: formulas, ids, and nbdev's file names (04_ntxent.html is ntxent.html)."
     name, text = names.get(page.name, page.name), page.read_text(encoding='utf-8')
     text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, text, flags=re.S)
     text = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', text)
     for old, new in names.items(): text = text.replace(old, new)
+    if page.suffix == '.html': text = breakable(text)
     page.write_text(anchors(text, name), encoding='utf-8')
     page.rename(page.with_name(name))
 
