@@ -24,6 +24,7 @@ docs: $(VENV)/.with-dev  ## Build the docs site in _docs and check its links
 notebooks: $(VENV)/.with-dev  ## Run every notebook in place, slow cells too, then export (NB=nbs/04_ntxent.ipynb: one)
 	$(RUN)/nbdev-export
 	PYTHONWARNINGS='ignore::FutureWarning,ignore:IProgress not found' $(RUN)/jupyter nbconvert --to notebook --execute --inplace $(NB)
+	$(RUN)/python tools/outputs.py $(NB)
 	$(RUN)/nbdev-clean
 	$(RUN)/nbdev-export
 	$(MAKE) readme

@@ -1,13 +1,22 @@
-"The docs site: it builds from what git holds, reads without a network, and a link that leads nowhere is found."
-import importlib.util, re, shutil, subprocess, sys
+"""The docs site: it builds from what git holds, reads without a network, and what a reader would stumble over is found.
+
+Every check of tools/docs.py is proved on a planted fault.
+"""
+import importlib.util, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location('docs', root/'tools/docs.py')
-docs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(docs)
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, root/f'tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+docs, outputs = tool('docs'), tool('outputs')
+notebooks = [nb for nb in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in nb.parts]
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
@@ -23,23 +32,74 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     return copy/'_docs'
 
+
+# The site
+
+def sidebar_of(text):
+    "What the sidebar of a page shows: pairs of (page, text)."
+    bar = text[text.index('id="quarto-sidebar"'):text.index('<main')]
+    entry = r'<a [^>]*?href="(?:\./)?([\w./]+)"[^>]*>\s*<span class="menu-text">(.*?)</span>'
+    links = re.findall(entry, bar, flags=re.S)
+    return [(page, docs.html.unescape(label)) for page, label in links]
+
+def title_of(notebook):
+    first = next(c for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    return ''.join(first['source']).splitlines()[0].removeprefix('# ')
+
 def test_every_notebook_is_a_page_of_the_sidebar(site):
     from nbdev.config import nbpath2html
-    pages = {nbpath2html(nb).name for nb in root.glob('nbs/[!_.]*.ipynb')}
-    assert pages <= {page.name for page in site.glob('*.html')}
-    assert pages <= set(re.findall(r'href="(?:\./)?([\w.]+)"', (site/'index.html').read_text()))
+    pages = {nbpath2html(nb.relative_to(root/'nbs')).as_posix(): nb for nb in notebooks}
+    shown = dict(sidebar_of((site/'index.html').read_text(encoding='utf-8')))
+    assert set(pages) <= {page.relative_to(site).as_posix() for page in site.rglob('*.html')}
+    assert set(pages) == set(shown)
+    for page, nb in pages.items():
+        number = re.match(r'(\d+)([a-z]*)_', nb.name)
+        if number: assert shown[page] == f'{int(number[1])}{number[2]} {title_of(nb)}'
+
+def test_chapters_stand_in_order_with_their_appendices_below(site):
+    labels = [label for _, label in sidebar_of((site/'index.html').read_text(encoding='utf-8'))]
+    found = [re.match(r'(\d+)([a-z]*) ', label) for label in labels]
+    numbers = [(int(number[1]), number[2]) for number in found if number]
+    story = [number for number in numbers if number[0]]               # 0a is below all chapters
+    assert story == sorted(story) and {n for n, letter in story if not letter} == {n for n, _ in story}
 
 def test_pages_read_without_a_network(site):
     if shutil.which('quarto'): pytest.skip('this is about the site of smalldocs')
+    assert not list(docs.fetched(site))
+
+def test_no_formula_and_no_fence_is_left_raw(site): assert not list(docs.raw_tex(site))
+
+def test_notebooks_are_tidy(): assert not [line for nb in notebooks for line in docs.untidy(nb)]
+
+def test_every_page_has_an_icon(site):
     for page in site.rglob('*.html'):
-        text = page.read_text()
-        outside = r'<script[^>]+src="http|<img[^>]+src="http|<link[^>]+stylesheet[^>]+href="http'
-        assert not re.search(outside, text), page.name
-        assert r'class="math' not in text, f'{page.name} holds TeX that is not drawn'
+        icon = re.search(r'<link[^>]*rel="icon"[^>]*>', page.read_text(encoding='utf-8'))
+        assert icon and (page.parent/re.search('href="(.*?)"', icon[0])[1]).is_file(), page.name
+
+def test_a_definition_is_what_a_search_finds_first(site):
+    entries = json.loads((site/'search.json').read_text(encoding='utf-8'))
+    found = {entry['title']: entry for entry in reversed(entries)}
+    for name, page in dict(simclr_learner='learner', nt_xent='ntxent', LARS='lars').items():
+        file, anchor = found[name]['href'].removeprefix('./').split('#')
+        assert file == f'{page}.html' and f'id="{anchor}"' in (site/file).read_text(encoding='utf-8')
+
+def test_names_in_tables_may_break():
+    text = '<code>a_b.c</code><table><td><code>test_a.py::test_b</code> a_b</td></table>'
+    broken = 'test_<wbr>a.<wbr>py::<wbr>test_<wbr>b'
+    assert docs.breakable(text) == text.replace('test_a.py::test_b', broken)
+
+def test_what_a_search_finds_is_not_clipped_and_tables_scroll(site):
+    style = (site/'styles.css').read_text(encoding='utf-8')
+    assert 'position: fixed' in re.search(r'\.smalldocs-search-results \{(.*?)\}', style, flags=re.S)[1]
+    assert 'overflow-x: auto' in re.search(r'^table \{(.*?)\}', style, flags=re.S | re.M)[1]
+    assert re.search(r'a:has\(> code\) \{ text-decoration: none', style)
 
 def test_links_lead_to_definitions(site):
     text = (site/'ntxent.html').read_text()
     assert 'id="nt_xent"' in text
+
+
+# The checks find what is planted
 
 def test_broken_links_are_found(tmp_path):
     (tmp_path/'there.html').write_text(
@@ -55,3 +115,72 @@ def test_formulas_become_mathml():
     mathml = docs.formula(re.match(r'(inline) (.*)', r'inline \tau &lt; 1'))
     assert mathml.startswith('<math') and 'τ' in mathml.replace('&#x003C4;', 'τ')
     with pytest.raises(ValueError, match='nosuch'): docs.formula(re.match(r'(inline) (.*)', r'inline \nosuch{x}'))
+
+@pytest.mark.parametrize('text', [
+    '<link rel="stylesheet" href="https://x.org/a.css">', '<script src="//x.org/a.js"></script>',
+    '<img src="http://x.org/a.png">',
+    '<style>@import "https://x.org/a.css";</style>', '<p style="background: url(https://x.org/a.png)"></p>'])
+def test_what_a_page_fetches_is_found(tmp_path, text):
+    link, shown = '<a href="https://x.org">out</a>', '<pre>&lt;img src="https://x.org"&gt;</pre>'
+    (tmp_path/'page.html').write_text(link + shown + text)
+    found, = docs.fetched(tmp_path)
+    assert found.startswith('page.html: ') and 'x.org/a' in found
+
+@pytest.mark.parametrize('text', [
+    '@import url(https://x.org/f?a:wght@300;400;700&display=swap);', '@import "//x.org/f.css";'])
+def test_what_a_style_sheet_fetches_is_found_and_taken_out(tmp_path, text):
+    (tmp_path/'a.css').write_text(f'/* see https://x.org */{text}body{{margin:0}}@import "near.css";')
+    assert len(list(docs.fetched(tmp_path))) == 1
+    assert docs.local((tmp_path/'a.css').read_text()) == '/* see https://x.org */body{margin:0}@import "near.css";'
+
+@pytest.mark.parametrize('text', ['<td>$v^+ - v^-$ if</td>', r'<p>\tau</p>', '<p>``` bash</p>'])
+def test_raw_formulas_and_fences_are_found(tmp_path, text):
+    code = r'<code>$x \tau ```</code><pre>a$b$</pre><math>x</math><script>"\n$"</script>'
+    (tmp_path/'page.html').write_text(code + text)
+    assert len(list(docs.raw_tex(tmp_path))) == 1
+
+def test_bare_fences_are_found():
+    assert not list(docs.bare_fences('```python\nx\n```\ntext\n````{.bash}\n```\n````'))
+    assert list(docs.bare_fences('text\n```\nx\n```\n```bash\n```\n~~~\n~~~')) == [2, 7]
+
+def stream(text, name='stdout'): return dict(output_type='stream', name=name, text=text)
+
+def display(**data): return dict(output_type='display_data', metadata={}, data=data)
+
+def planted(folder, *cells):
+    "A notebook whose cells are given: a string is Markdown, a list the outputs of a code cell."
+    made = [dict(cell_type='markdown', source=c) if isinstance(c, str)
+            else dict(cell_type='code', source='', outputs=c) for c in cells]
+    (folder/'nb.ipynb').write_text(json.dumps(dict(cells=made)))
+    return folder/'nb.ipynb'
+
+bar = {'text/html': '<style>\nprogress { }\n</style>'}
+head, row = '<thead><tr><th>epoch</th><th>loss</th></tr></thead>', '<tr><td>0</td><td>8.3</td></tr>'
+table = {'text/html': f'<table class="fastprogress">{head}{row}</table>'}
+
+@pytest.mark.parametrize('cell, what', [
+    ('```\nmake\n```', 'fence'), ([stream('a'), stream('b')], 'several blocks'), ([display(**bar)], 'progress bar'),
+    ([stream('a'), stream('w', 'stderr'), stream('b')], 'several blocks'), ([display(**table)], 'progress bar')])
+def test_untidy_notebooks_are_found_and_tidied(tmp_path, cell, what):
+    nb = planted(tmp_path, '```bash\nmake\n```', [stream('a'), display(**{'text/plain': 'x'}), stream('b')], cell)
+    found, = docs.untidy(nb)
+    assert found.startswith('nb.ipynb, cell 2') and what in found
+    if what == 'fence': return
+    assert outputs.tidy_notebook(nb) and not list(docs.untidy(nb)) and not outputs.tidy_notebook(nb)
+
+def test_tidying_keeps_what_is_said():
+    figure = display(**{'image/png': 'x'})
+    before = [stream('a\n'), stream('w\n', 'stderr'), stream(['b\n', 'c']), figure,
+              stream('d'), display(**bar), stream('e')]
+    merged = [stream(['a\n', 'b\n', 'c']), stream('w\n', 'stderr'), figure, stream(['de'])]
+    assert outputs.tidy(before) == merged and before[0]['text'] == 'a\n'
+    shown, = outputs.tidy([display(**table)])
+    assert ''.join(shown['data']['text/markdown']) == '| epoch | loss |\n| --- | --- |\n| 0 | 8.3 |'
+
+def test_definitions_stand_before_sections(monkeypatch):
+    names = [('f', 'a.html#f', 'a.py'), ('C.m', 'a.html#c.m', 'a.py'), ('_g', 'a.html#_g', 'a.py')]
+    monkeypatch.setattr(docs, 'symbols', lambda: names)
+    monkeypatch.setattr(docs, 'docstrings', lambda file: {'f': 'What `f` does.'})
+    found, = docs.definitions([dict(href='a.html#part', title='Chapter')])
+    assert found == dict(objectID='a.html#f', href='a.html#f', title='f', section='defined in Chapter',
+                         text='What f does.')
