@@ -51,21 +51,23 @@ def _triangle(
         if E.shape[1] > chunk: S[a+chunk:] += E[:, chunk:].sum(0)
         room -= E.numel()
         if room >= 0: kept[a] = E
-    margin = (q*q.roll(len(q)//2, 0)).sum(1) - S.log()
+    other = q.roll(len(q)//2, 0)
+    margin = (q*other).sum(1) - S.log()
     loss = -F.logsigmoid(margin).mean()
-    return (loss, _triangle_grad(q, S, margin, chunk, kept)) if grad else (loss,)
+    return (loss, _triangle_grad(q, other, S, margin, chunk, kept)) if grad else (loss,)
 
 # %% ../nbs/04_ntxent.ipynb #0d454b75
 def _triangle_grad(
     q, # (2N, D) rows of length 1/√τ
+    other, # (2N, D) their positives; overwritten
     S, # (2N,) sums of the rows of E
     margin, # (2N,) of the right answers
     chunk, # rows per block
     kept, # blocks of E that are there already
 ): # (2N, D) gradient with respect to q
     wrong = torch.sigmoid(-margin)                          # S/R
-    r, half = wrong/S, len(q)//2
-    G = -(wrong + wrong.roll(half))[:, None]*q.roll(half, 0)
+    r, both = wrong/S, wrong + wrong.roll(len(q)//2)
+    G = other.mul_(-both[:, None])
     for a, E in _blocks(q, chunk, kept):
         E *= r[a:a+chunk, None] + r[a:]
         G[a:a+chunk].addmm_(E, q[a:])
@@ -140,8 +142,9 @@ def check_temperature(
         if temperature.numel() != 1:
             raise ValueError(f'the temperature is one number, got a tensor of shape {tuple(temperature.shape)}')
         temperature = temperature.reshape(())
-    if not is_traced() and not 0 < float(temperature) < math.inf:
-        raise ValueError(f'the temperature must be above 0 and finite, got {float(temperature)}')
+    value = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    if not is_traced() and not 0 < float(value) < math.inf:
+        raise ValueError(f'the temperature must be above 0 and finite, got {float(value)}')
     return temperature
 
 def check_projections(
@@ -183,7 +186,7 @@ def _check_finite(loss, keys, temperature, normalize):
                          f'so the loss is {loss.item()}. Look for the first layer whose output is not finite; '
                          'a lower learning rate or full precision often helps.')
     if normalize:
-        raise ValueError(f'the loss is {loss.item()}: cosines over a temperature of {float(temperature):g} overflow. '
+        raise ValueError(f'the loss is {loss.item()}: cosines over a temperature of {temperature:.3g} overflow. '
                          'Take a larger temperature, 0.05 to 1 as a rule.')
     raise ValueError(f'the loss is {loss.item()}: the products of the rows overflow. '
                      'Use normalize=True, or smaller rows.')
