@@ -57,9 +57,9 @@ def _add(to, g, trust, rate):
     if trust is None: torch._foreach_add_(to, g, alpha=rate)
     else: torch._foreach_addcmul_(to, g, trust, value=rate)
 
-def _update(ps, vs, o, adapt):
-    "One step of tensors of one kind; `vs` are their momenta, `o` the options of their group."
-    g, trust = [p.grad for p in ps], None
+def _update(ps, g, vs, o, adapt):
+    "One step of tensors of one kind; `g` are their gradients, `vs` their momenta, `o` the options of their group."
+    trust = None
     if adapt:
         g = torch._foreach_add(g, ps, alpha=o['weight_decay'])
         norms = [torch.stack(torch._foreach_norm(x)) for x in (ps, g)]
@@ -68,6 +68,13 @@ def _update(ps, vs, o, adapt):
     _add(vs, g, trust, o['lr'])
     torch._foreach_sub_(ps, vs, alpha=o['momentum'] if o['nesterov'] else 1)
     if o['nesterov']: _add(ps, g, trust, -o['lr'])
+
+def _update_half(ps, g, vs, o, adapt):
+    "The same in single precision, and back to half."
+    wide = [[t.float() for t in tensors] for tensors in (ps, g, vs)]
+    _update(*wide, o, adapt)
+    torch._foreach_copy_(ps, wide[0])
+    torch._foreach_copy_(vs, wide[2])
 
 # %% ../nbs/05_lars.ipynb #2de64a4f
 def _buckets(ps):
@@ -130,7 +137,8 @@ def step(self:LARS,
     "One update of every parameter that has a gradient."
     with torch.enable_grad(): loss = closure() if closure else None
     for ps, o, adapt in _todo(self.param_groups):
-        _update(ps, [_momentum(p, self.state[p]) for p in ps], o, adapt)
+        update = _update_half if ps[0].itemsize < 4 else _update
+        update(ps, [p.grad for p in ps], [_momentum(p, self.state[p]) for p in ps], o, adapt)
     return loss
 
 # %% ../nbs/05_lars.ipynb #d5b41f3a
