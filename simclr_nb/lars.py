@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['trust_ratio', 'is_adapted', 'no_decay', 'param_groups', 'LARS', 'scale_lr', 'total_steps', 'warmup_steps',
-           'learning_rate']
+           'learning_rate', 'SchedulePlan', 'schedule_plan']
 
 # %% ../nbs/05_lars.ipynb #1fe10576
 import math
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -217,3 +218,23 @@ def learning_rate(
     if step < warmup_steps: return base*step/warmup_steps
     if step >= total_steps: return 0.
     return .5*base*(1 + math.cos(math.pi*(step - warmup_steps)/(total_steps - warmup_steps)))
+
+# %% ../nbs/05_lars.ipynb #facad672
+class SchedulePlan(NamedTuple):
+    "Steps of a run, steps of its warm-up, and its peak learning rate."
+    steps:int
+    warmup:int
+    lr:float
+
+def schedule_plan(
+    images:int, # in the training set
+    batch_size:int, # images per step, over all processes
+    epochs:int, # passes over the set
+    lr:float|None=None, # peak; None: by the rule
+    lr_scaling:str='linear', # see `scale_lr`
+    warmup_epochs:float|None=None, # None: 10, a tenth of the run if that is shorter
+)->SchedulePlan: # steps, warmup, lr
+    "What `pretrain` would do."
+    steps = total_steps(images, epochs, batch_size)
+    warmup = warmup_steps(images, batch_size, min(10, epochs/10) if warmup_epochs is None else warmup_epochs)
+    return SchedulePlan(steps, min(warmup, steps), float(scale_lr(batch_size, lr_scaling) if lr is None else lr))
