@@ -24,7 +24,7 @@ from .augmentations import keyed_rng
 from .ntxent import alignment, contrastive_metrics, uniformity
 from .lars import scale_lr
 from .data import TwoCropDataset, check_batch
-from .distributed import all_gather_objects, gather_detached, gather_rows
+from .distributed import all_gather_objects, gather_detached, gather_rows, others_wait
 
 # %% ../nbs/08a_callbacks.ipynb #ff5d50e3
 class SanityChecks(Callback):
@@ -295,7 +295,11 @@ class OnlineEval(Callback):
         self.evaluate, self.every, self.accuracy, self.accuracies = evaluate, every, None, {}
     def after_epoch(self):
         done, last = self.epochs_completed(), self.epoch + 1 == self.n_epoch
-        if get_rank() or (done % self.every and not last): return
+        if done % self.every and not last: return
+        with others_wait(): self.look(done)
+    def look(self, done):
+        "In the first process."
+        if get_rank(): return
         with no_random(): self.accuracy = self.evaluate(unwrap(self.model).encoder)
         self.accuracies[done] = self.accuracy
 
@@ -308,4 +312,14 @@ class Precision(MixedPrecision):
             raise ValueError('float16 is for GPUs: take bf16 (bfloat16) or full precision on a CPU')
         super().before_fit()
         dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}[mode]
-        self.autocast = torch.autocast(device, dtype=dtype)
+        self.autocast, self.inside = torch.autocast(device, dtype=dtype), False
+    def before_batch(self):
+        super().before_batch()
+        self.inside = True
+    def after_loss(self):
+        if self.inside: super().after_loss()
+        self.inside = False
+    def after_failed_fit(self):
+        "An error in the network or the loss must not leave autocast on for all that follows."
+        self.after_loss()
+        self.after_fit()

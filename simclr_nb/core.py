@@ -99,6 +99,7 @@ def read_description(
         raise ValueError(f'{path} does not hold the description that {writer} writes, '
                          f'so it is unknown which network its tensors are for. {hint}'.strip())
     try: description = json.loads(metadata[name])
+    except RecursionError as e: raise ValueError(f'the description in {path} is damaged: it is nested too deep') from e
     except ValueError as e: raise ValueError(f'the description in {path} is damaged: it is not JSON ({e})') from e
     if not isinstance(description, dict):
         kind = type(description).__name__
@@ -116,6 +117,15 @@ def listing(
     return ', '.join(names[:most]) + rest
 
 # %% ../nbs/00a_core.ipynb #7891506c
+def _finite(t): return t.is_meta or not t.is_floating_point() or bool(t.isfinite().all())
+
+def tensor_shapes(
+    path:str|Path, # a safetensors file
+)->dict: # name to a tensor of that shape without values
+    "What a file holds, before any memory is taken."
+    with safe_open(path, 'pt') as f:
+        return {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
+
 def load_strict(
     module:nn.Module, # gets the tensors
     tensors:dict, # name to tensor
@@ -128,6 +138,7 @@ def load_strict(
         'missing': want.keys() - tensors.keys(),
         'not in the network': tensors.keys() - want.keys(),
         'of another shape': {k for k in both if want[k].shape != tensors[k].shape},
+        'with values that are not finite': {k for k in both if not _finite(tensors[k])},
     }
     problems = [f'{len(names)} {what}: {listing(names, 5)}.' for what, names in wrong.items() if names]
     if problems: raise ValueError(f'{source} does not fit the network. {" ".join(problems)}')

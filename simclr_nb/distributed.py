@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['gather_rows', 'GlobalBatchNorm1d', 'GlobalBatchNorm2d', 'global_batch_norm', 'any_rank', 'all_gather_objects',
-           'gather_detached', 'launched_processes', 'process_group']
+           'gather_detached', 'others_wait', 'launched_processes', 'process_group']
 
 # %% ../nbs/07_distributed.ipynb #1099e1bb
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ def _check_shapes(z):
     "The same error in every process where the rows of any one of them will not do."
     own = [z.ndim, *(*z.shape, 0, 0)[:2], _dtypes.index(z.dtype) if z.dtype in _dtypes else -1]
     shapes = _gathered(torch.tensor([own], device=z.device)).tolist()
-    ndim, rows, _, kind = shapes[0]
-    if any(s != shapes[0] for s in shapes) or ndim != 2 or rows == 0 or rows % 2 or kind < 0:
+    ndim, rows, columns, kind = shapes[0]
+    if any(s != shapes[0] for s in shapes) or ndim != 2 or rows == 0 or rows % 2 or columns == 0 or kind < 0:
         got = ', '.join(f'rank {r}: {_described(*s)}' for r,s in enumerate(shapes))
         raise ValueError('gather_rows needs z of shape (2n, D) from every process, floating point of one type, '
                          f'n at least 1, with equally many rows; got {got}. Drop the last incomplete batch '
@@ -85,9 +86,14 @@ def _but_channels(x): return [d for d in range(x.ndim) if d != 1]
 
 def _statistics(x):
     "Mean, variance and number of each channel over all processes: one message of 2C + 1 numbers."
-    var, mean = torch.var_mean(x, _but_channels(x), correction=0)
-    own = torch.cat([mean, var, mean.new_full((1,), x.numel()//len(mean))])
-    return _combined(*_gathered(own[None]).split([len(mean), len(mean), 1], dim=1))
+    c, n = x.shape[1], x.numel()//x.shape[1]
+    if n: var, mean = torch.var_mean(x, _but_channels(x), correction=0)
+    else: var, mean = x.new_zeros(2, c)                     # a process without rows has no say, and no nan
+    own = torch.cat([mean, var, mean.new_full((1,), n)])
+    mean, var, count = _combined(*_gathered(own[None]).split([c, c, 1], dim=1))
+    if n < 2 and count < 2:                                 # then it is so in every process; others need not look
+        raise ValueError(f'batch norm takes more than one value per channel, over all processes; got {int(count)}')
+    return mean, var, count
 
 def _track(running, new, momentum):
     if running is not None: running.lerp_(new.to(running.dtype), momentum)
@@ -193,6 +199,19 @@ def gather_detached(
     if get_world_size() == 1: return z.detach()
     rows = _gathered(z.detach().contiguous())
     return rows.unflatten(0, (get_world_size(), 2, -1)).transpose(0, 1).flatten(0, 2)
+
+# %% ../nbs/07_distributed.ipynb #4a962c71
+@contextmanager
+def others_wait(
+    patience:timedelta=timedelta(days=1), # after which those that wait give up
+):
+    "Every process leaves when all have come to the end, however long one of them took."
+    group = dist.new_group(backend='gloo', timeout=patience) if get_world_size() > 1 else None
+    try:
+        yield
+        if group: dist.barrier(group)
+    finally:
+        if group: dist.destroy_process_group(group)
 
 # %% ../nbs/07_distributed.ipynb #d438a8e7
 def launched_processes()->int: # 0 where no launcher was at work

@@ -16,7 +16,7 @@ import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from . import __version__
-from .core import eval_mode, load_strict, read_description, save_tensors, unwrap
+from .core import eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
 
 # %% ../nbs/02_encoder.ipynb #83406662
 def conv_bn(
@@ -90,8 +90,8 @@ _STEM_SIZE = {'imagenet': 224, 'cifar': 32}
 def _check_resnet(depth, width, stem):
     if depth not in _LAYOUT:
         raise ValueError(f'there is no ResNet of depth {depth} here; depths are {", ".join(map(str, _LAYOUT))}')
-    if int(64*width) < 1:
-        raise ValueError(f'the width multiplies 64 channels and has to leave at least one; got {width}')
+    if not 1/64 <= width <= 16:
+        raise ValueError(f'the width multiplies 64 channels, has to leave at least one, and is 16 at most; got {width}')
     if stem not in _STEM_SIZE: raise ValueError(f"the stem is 'imagenet' or 'cifar', got {stem!r}")
 
 # %% ../nbs/02_encoder.ipynb #6facbfd9
@@ -230,8 +230,13 @@ def _torchvision(name, size):
         raise ValueError(f'torchvision has no classification model {name!r}; close to it: {close}')
     sized = dict(image_size=size) if name.startswith('vit') else {}
     net = torchvision.models.get_model(name, weights=None, **sized)
-    if hasattr(net, 'aux_logits'): net.aux_logits = False # googlenet, inception_v3: a single output in training too
-    return _without_classifier(net, name)
+    return _without_classifier(_without_side_outputs(net), name)
+
+def _without_side_outputs(net):
+    "googlenet and inception_v3 have a single output in training too, and no weights that it does not use."
+    net.aux_logits = False
+    for name in {'aux1', 'aux2', 'AuxLogits'} & dict(net.named_children()).keys(): setattr(net, name, None)
+    return net
 
 def _without_classifier(net, name):
     "Put an identity in the place of the last linear layer with 1000 outputs."
@@ -252,6 +257,11 @@ def _ours(arch, depth, width, size, stem):
     net = resnet(depth, width, stem or ('cifar' if size <= 32 else 'imagenet'))
     return set_encoder_info(net, arch=arch, size=size)
 
+def _network(arch, size, stem=None):
+    "The network of a name."
+    ours = _parse(arch)
+    return _ours(arch, *ours, size, stem) if ours else _named(arch, size)
+
 def _own(module, size):
     "A module that was given: what is known of it stays, unless it has changed since."
     d, known = _probed_dim(unwrap(module), size), encoder_info(module)
@@ -259,21 +269,23 @@ def _own(module, size):
     return module
 
 # %% ../nbs/02_encoder.ipynb #449431f8
+_LARGEST = 8192 # pixels
+
 def build_encoder(
     arch:str|nn.Module, # 'resnet50', 'resnet18_2x', 'timm/resnet50', 'torchvision/vit_b_16', …; or a module
     size:int=224, # side of the images in pixels
     stem:str|None=None, # our ResNets only: 'imagenet' or 'cifar'; None: 'cifar' up to 32 px, as in the official code
 )->nn.Module: # (B, 3, size, size) to h (B, d); `encoder_info` says the rest
     "The encoder of this name, with random weights; a module is taken as it is."
-    if size < 1: raise ValueError(f'images have 1 pixel a side or more, got size={size}')
-    ours = _parse(arch) if isinstance(arch, str) else None
-    if ours: return _ours(arch, *ours, size, stem)
+    if not 1 <= size <= _LARGEST:
+        raise ValueError(f'images have 1 pixel a side or more, and {_LARGEST} at most; got size={size}')
+    if isinstance(arch, str) and _parse(arch): return _network(arch, size, stem)
     if stem:
         name = arch if isinstance(arch, str) else type(arch).__name__
         raise ValueError(f'a stem can be chosen for our ResNets only, not for {name}')
     if isinstance(arch, nn.Module): return _own(arch, size)
     if not isinstance(arch, str): raise ValueError(f'arch is a name or an nn.Module, got {arch!r}')
-    encoder = _named(arch, size)
+    encoder = _network(arch, size)
     return _remember(encoder, dict(arch=arch, size=size, stem=None, feature_dim=_probed_dim(encoder, size)))
 
 # %% ../nbs/02_encoder.ipynb #fe2c5ce8
@@ -314,9 +326,23 @@ def _understood(config, path):
     types = dict(arch=str|None, size=int, stem=str|None, feature_dim=int)
     wrong = [k for k, t in types.items() if k not in config or not isinstance(config[k], t)]
     if wrong: raise ValueError(f'{damaged}: {", ".join(wrong)} missing or of a wrong type')
+    if not 1 <= config['size'] <= _LARGEST:
+        raise ValueError(f"{damaged}: size is {config['size']}, and not between 1 and {_LARGEST} pixels")
     return config
 
 # %% ../nbs/02_encoder.ipynb #02955bb7
+def _check_outline(config, path):
+    "Is the network that the description names the one of the tensors? Asked of their shapes, before it is built."
+    try:
+        with torch.device('meta'): outline = _network(config['arch'], config['size'], config['stem'])
+    except NotImplementedError: return                      # some networks of others compute with their first weights
+    load_strict(outline, tensor_shapes(path), path)
+    try: d = feature_dim(outline, config['size'])
+    except ValueError: return                               # or with numbers that they are given
+    if d != config['feature_dim']:
+        raise ValueError(f"the description in {path} is damaged: {config['arch']} has {d} features, "
+                         f"and not {config['feature_dim']}")
+
 def load_encoder(
     path:str|Path, # a file from `save_encoder`
     encoder:nn.Module|None=None, # the module to fill, for a file that was saved from a module of your own
@@ -327,7 +353,8 @@ def load_encoder(
         raise ValueError(f'{path} was saved from a module without a name: '
                          'make that module, and call load_encoder(path, encoder=module)')
     if encoder is None:
-        with torch.random.fork_rng(devices=[]): encoder = build_encoder(config['arch'], config['size'], config['stem'])
+        _check_outline(config, path)
+        with torch.random.fork_rng(devices=[]): encoder = _network(config['arch'], config['size'], config['stem'])
     load_strict(unwrap(encoder), load_file(path), path)
     _remember(encoder, config)
     return encoder.eval()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['trust_ratio', 'is_adapted', 'no_decay', 'param_groups', 'LARS', 'scale_lr', 'total_steps', 'warmup_steps',
-           'learning_rate']
+           'learning_rate', 'SchedulePlan', 'schedule_plan']
 
 # %% ../nbs/05_lars.ipynb #1fe10576
 import math
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -57,9 +58,9 @@ def _add(to, g, trust, rate):
     if trust is None: torch._foreach_add_(to, g, alpha=rate)
     else: torch._foreach_addcmul_(to, g, trust, value=rate)
 
-def _update(ps, vs, o, adapt):
-    "One step of tensors of one kind; `vs` are their momenta, `o` the options of their group."
-    g, trust = [p.grad for p in ps], None
+def _update(ps, g, vs, o, adapt):
+    "One step of tensors of one kind; `g` are their gradients, `vs` their momenta, `o` the options of their group."
+    trust = None
     if adapt:
         g = torch._foreach_add(g, ps, alpha=o['weight_decay'])
         norms = [torch.stack(torch._foreach_norm(x)) for x in (ps, g)]
@@ -68,6 +69,13 @@ def _update(ps, vs, o, adapt):
     _add(vs, g, trust, o['lr'])
     torch._foreach_sub_(ps, vs, alpha=o['momentum'] if o['nesterov'] else 1)
     if o['nesterov']: _add(ps, g, trust, -o['lr'])
+
+def _update_half(ps, g, vs, o, adapt):
+    "The same in single precision, and back to half."
+    wide = [[t.float() for t in tensors] for tensors in (ps, g, vs)]
+    _update(*wide, o, adapt)
+    torch._foreach_copy_(ps, wide[0])
+    torch._foreach_copy_(vs, wide[2])
 
 # %% ../nbs/05_lars.ipynb #2de64a4f
 def _buckets(ps):
@@ -130,7 +138,8 @@ def step(self:LARS,
     "One update of every parameter that has a gradient."
     with torch.enable_grad(): loss = closure() if closure else None
     for ps, o, adapt in _todo(self.param_groups):
-        _update(ps, [_momentum(p, self.state[p]) for p in ps], o, adapt)
+        update = _update_half if ps[0].itemsize < 4 else _update
+        update(ps, [p.grad for p in ps], [_momentum(p, self.state[p]) for p in ps], o, adapt)
     return loss
 
 # %% ../nbs/05_lars.ipynb #d5b41f3a
@@ -209,3 +218,23 @@ def learning_rate(
     if step < warmup_steps: return base*step/warmup_steps
     if step >= total_steps: return 0.
     return .5*base*(1 + math.cos(math.pi*(step - warmup_steps)/(total_steps - warmup_steps)))
+
+# %% ../nbs/05_lars.ipynb #facad672
+class SchedulePlan(NamedTuple):
+    "Steps of a run, steps of its warm-up, and its peak learning rate."
+    steps:int
+    warmup:int
+    lr:float
+
+def schedule_plan(
+    images:int, # in the training set
+    batch_size:int, # images per step, over all processes
+    epochs:int, # passes over the set
+    lr:float|None=None, # peak; None: by the rule
+    lr_scaling:str='linear', # see `scale_lr`
+    warmup_epochs:float|None=None, # None: 10, a tenth of the run if that is shorter
+)->SchedulePlan: # steps, warmup, lr
+    "What `pretrain` would do."
+    steps = total_steps(images, epochs, batch_size)
+    warmup = warmup_steps(images, batch_size, min(10, epochs/10) if warmup_epochs is None else warmup_epochs)
+    return SchedulePlan(steps, min(warmup, steps), float(scale_lr(batch_size, lr_scaling) if lr is None else lr))

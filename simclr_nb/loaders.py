@@ -166,3 +166,5 @@ class DistributedTraining(Callback):
             self.learn.dls.loaders = [split_loader(self.dls.train, get_rank(), get_world_size()), *self.dls.loaders[1:]]
         if get_rank(): self.learn.logger = noop
     def after_fit(self): self.learn.model, self.learn.dls.loaders, self.learn.logger = self.alone
+    def after_failed_fit(self):
+        if isinstance(self.model, DistributedDataParallel): self.after_fit()

@@ -8,7 +8,7 @@ __all__ = ['nt_logistic', 'margin_triplet', 'sup_con']
 # %% ../nbs/04a_losses.ipynb #a08d0555
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .ntxent import check_projections, full_precision, normalize_rows, positives
+from .ntxent import check_projections, check_temperature, full_precision, normalize_rows, positives
 
 # %% ../nbs/04a_losses.ipynb #eb419da0
 def _semi_hard(s, pos, negative):
@@ -20,7 +20,8 @@ def _semi_hard(s, pos, negative):
 @full_precision
 def _scores(z, semi_hard, temperature=1):
     "Cosines with the positive, (2N, 1); with all rows, (2N, 2N); and each row's weights of these, the negatives."
-    z = normalize_rows(check_projections(z, temperature))
+    check_temperature(temperature)
+    z = normalize_rows(check_projections(z))
     i, j = torch.arange(len(z), device=z.device), positives(len(z), z.device)
     s = z @ z.T
     pos = s[i, j][:, None]
@@ -58,7 +59,8 @@ def sup_con(
     temperature:float=.1, # τ
 )->Tensor: # scalar, in nats
     "Supervised contrastive loss: all other rows of the same class are right answers."
-    z, n = normalize_rows(check_projections(z, temperature)), len(z)//2
+    check_temperature(temperature)
+    z, n = normalize_rows(check_projections(z)), len(z)//2
     if labels.shape != (n,):
         raise ValueError(f'sup_con takes one label for each of the {n} images (rows come in pairs), '
                          f'got labels of shape {tuple(labels.shape)}')

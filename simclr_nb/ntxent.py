@@ -28,12 +28,12 @@ def _blocks(
     chunk, # rows per block
     kept, # blocks that are there already, by their first row
 ):
-    "Blocks of E: the rows from a on, `chunk` of them, against themselves and all later rows."
+    "Blocks of E: the rows from a on, `chunk` of them, against themselves and all later rows; negatives only."
     for a in range(0, len(q), chunk):
         E = kept.pop(a, None)
         if E is None:
             E = (q[a:a+chunk] @ q[a:].T).exp_()
-            E.diagonal().zero_()
+            for itself_or_positive in (0, len(q)//2, -(len(q)//2)): E.diagonal(itself_or_positive).zero_()
         yield a, E
 
 # %% ../nbs/04_ntxent.ipynb #17ad2b23
@@ -45,25 +45,29 @@ def _triangle(
     q, # (2N, D) rows of length 1/√τ
 ): # the loss, and its gradient with respect to q if that is wanted
     "NT-Xent of q from the upper half of E, made twice: for the sums, for the gradient."
-    R, kept, room = q.new_zeros(len(q)), {}, _KEEP*grad
+    S, kept, room = q.new_zeros(len(q)), {}, _KEEP*grad
     for a, E in _blocks(q, chunk, {}):
-        R[a:a+chunk] += E.sum(1)
-        if E.shape[1] > chunk: R[a+chunk:] += E[:, chunk:].sum(0)
+        S[a:a+chunk] += E.sum(1)
+        if E.shape[1] > chunk: S[a+chunk:] += E[:, chunk:].sum(0)
         room -= E.numel()
         if room >= 0: kept[a] = E
     other = q.roll(len(q)//2, 0)
-    loss = (R.log() - (q*other).sum(1)).mean()
-    return (loss, _triangle_grad(q, other, R, chunk, kept)) if grad else (loss,)
+    margin = (q*other).sum(1) - S.log()
+    loss = -F.logsigmoid(margin).mean()
+    return (loss, _triangle_grad(q, other, S, margin, chunk, kept)) if grad else (loss,)
 
 # %% ../nbs/04_ntxent.ipynb #0d454b75
 def _triangle_grad(
     q, # (2N, D) rows of length 1/√τ
-    other, # (2N, D) their positives
-    R, # (2N,) sums of the rows of E
+    other, # (2N, D) their positives; overwritten
+    S, # (2N,) sums of the rows of E
+    margin, # (2N,) of the right answers
     chunk, # rows per block
     kept, # blocks of E that are there already
 ): # (2N, D) gradient with respect to q
-    G, r = -2*other, 1/R
+    wrong = torch.sigmoid(-margin)                          # S/R
+    r, both = wrong/S, wrong + wrong.roll(len(q)//2)
+    G = other.mul_(-both[:, None])
     for a, E in _blocks(q, chunk, kept):
         E *= r[a:a+chunk, None] + r[a:]
         G[a:a+chunk].addmm_(E, q[a:])
@@ -72,13 +76,15 @@ def _triangle_grad(
 
 # %% ../nbs/04_ntxent.ipynb #fb762f8d
 def _stripe(rows, keys, me, pos):
-    "Of some rows against all keys: the loss of each, exp(logit - largest), and the sums of these."
+    "Of some rows against all keys: the loss of each, what each pulls and pushes, and the sums R."
     s = rows @ keys.T
     s.diagonal(me).fill_(-torch.inf)
-    right, top = s.gather(1, pos[:, None]), s.amax(1, keepdim=True)
-    E = s.sub_(top).exp_()
-    R = E.sum(1, keepdim=True)
-    return R.log() + top - right, E, R
+    top, pos = s.amax(1, keepdim=True), pos[:, None]
+    s -= top
+    right = s.gather(1, pos)
+    E = s.exp_().scatter_(1, pos, 0)
+    S = E.sum(1, keepdim=True)
+    return -F.logsigmoid(right - S.log()), E.scatter_(1, pos, -S), S + right.exp()
 
 # %% ../nbs/04_ntxent.ipynb #b198d2d1
 def _stripes(
@@ -90,14 +96,13 @@ def _stripes(
 ): # the loss, and its gradients with respect to q and keys if they are wanted
     "NT-Xent of the rows q against all keys, some rows at a time."
     n, pos = len(q), first + positives(len(q), q.device)
-    loss, G, H = q.new_zeros(()), torch.empty_like(q), None
-    if grad: H = torch.zeros_like(keys).index_copy(0, pos, -q)
+    loss, G, H = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(keys) if grad else None
     for a in range(0, n, chunk):
         rows = slice(a, a+chunk)
         losses, E, R = _stripe(q[rows], keys, first + a, pos[rows])
         loss += losses.sum()
         if grad:
-            G[rows] = E @ keys / R - keys[pos[rows]]
+            G[rows] = E @ keys / R
             H.addmm_(E.T, q[rows]/R)
     return (loss/n, G/n, H/n) if grad else (loss/n,)
 
@@ -117,16 +122,38 @@ class _WithGradient(torch.autograd.Function):
                                'call backward or grad without create_graph=True')
         return None, *(g*grad for grad in ctx.saved_tensors)
 
+# %% ../nbs/04_ntxent.ipynb #89b31eb2
+def _open(q, keys, first):
+    "The loss of `_stripes` with the whole matrix in memory, for `torch.compile` and `torch.func`."
+    own = first + torch.arange(len(q), device=q.device)
+    itself = torch.arange(len(keys), device=q.device) == own[:, None]
+    return F.cross_entropy((q @ keys.T).masked_fill(itself, -torch.inf), first + positives(len(q), q.device))
+
 # %% ../nbs/04_ntxent.ipynb #022913b9
+def is_traced():
+    "Is the caller inside `torch.compile` or a transform of `torch.func`, where no value can be looked at?"
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+def check_temperature(
+    temperature, # a number, or a tensor of one number
+): # the same, a tensor without dimensions
+    "A temperature as a contrastive loss takes it, or an error."
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f'the temperature is one number, got a tensor of shape {tuple(temperature.shape)}')
+        temperature = temperature.reshape(())
+    value = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    if not is_traced() and not 0 < float(value) < math.inf:
+        raise ValueError(f'the temperature must be above 0 and finite, got {float(value)}')
+    return temperature
+
 def check_projections(
     z, # should be (2N, D)
-    temperature, # should be above 0
 ): # z in float32, or in float64 if it has that
-    "z and τ as a contrastive loss takes them, or an error."
-    if z.ndim != 2 or len(z) < 2 or len(z) % 2:
+    "z as a contrastive loss takes it, or an error."
+    if z.ndim != 2 or len(z) < 2 or len(z) % 2 or z.shape[1] < 1:
         raise ValueError('expected z of shape (2N, D): N first views, then the N second views. '
                          f'Got {tuple(z.shape)}.')
-    if not temperature > 0: raise ValueError(f'the temperature must be above 0, got {temperature}')
     if not z.is_floating_point(): raise ValueError(f'expected z of real numbers, got {z.dtype}')
     return z if z.dtype == torch.float64 else z.float()
 
@@ -144,7 +171,13 @@ def full_precision(f):
     return inner
 
 # %% ../nbs/04_ntxent.ipynb #d6901c8f
-def _check_finite(loss, keys):
+def _rows(z, normalize):
+    "z in single precision or better, of length 1 if wanted; what cannot be rows stays as it is, for the checks."
+    if z.ndim != 2 or not z.shape[1] or not z.is_floating_point(): return z
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return normalize_rows(z) if normalize else z
+
+def _check_finite(loss, keys, temperature, normalize):
     "The loss, if it is a number; otherwise an error, the same in every process."
     if math.isfinite(loss.item()): return loss            # a row that is not finite spoils the loss of every process
     bad = (~keys.isfinite().all(1)).sum().item()          # the same in every process
@@ -152,6 +185,9 @@ def _check_finite(loss, keys):
         raise ValueError(f'nt_xent got {bad} of {len(keys)} rows with values that are not finite, '
                          f'so the loss is {loss.item()}. Look for the first layer whose output is not finite; '
                          'a lower learning rate or full precision often helps.')
+    if normalize:
+        raise ValueError(f'the loss is {loss.item()}: cosines over a temperature of {temperature:.3g} overflow. '
+                         'Take a larger temperature, 0.05 to 1 as a rule.')
     raise ValueError(f'the loss is {loss.item()}: the products of the rows overflow. '
                      'Use normalize=True, or smaller rows.')
 
@@ -161,26 +197,32 @@ def _check_chunk(chunk, device):
     return chunk
 
 # %% ../nbs/04_ntxent.ipynb #5e17df10
+def _in_blocks(z, keys, first, temperature, chunk, triangle):
+    "The loss, in the cheaper of the two ways that fit."
+    def gives_gradient(q): return torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+    if triangle and temperature >= 1/64 and len(z) > 2:
+        q = z/temperature**.5
+        return _WithGradient.apply(partial(_triangle, chunk, gives_gradient(q)), q)
+    q = z/temperature
+    return _WithGradient.apply(partial(_stripes, chunk, gives_gradient(q), first), q, keys)
+
 def nt_xent(
     z:Tensor, # (2N, D) projections; the positive of row i is row (i + N) mod 2N
-    temperature:float=.1, # τ, above 0; 0.1 is the best of the paper's table 5
+    temperature:float|Tensor=.1, # τ, above 0; 0.1 is the best of the paper's table 5; a tensor gets its gradient
     normalize:bool=True, # True: cosine similarity, as in the paper; False: plain dot product
     gather:Callable|None=None, # z to (rows of all processes, index of the first own row), as `gather_rows`
     chunk:int|None=None, # rows computed at a time, for speed and memory only; None: 192 on a CPU, 1024 elsewhere
 )->Tensor: # scalar, in nats: the mean over the 2N rows
     "The paper's contrastive loss, equation 1, averaged over all 2N rows; memory grows with N, not with N²."
-    temperature, chunk = float(temperature), _check_chunk(chunk, z.device)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    chunk = _check_chunk(chunk, z.device)
     with torch.autocast(z.device.type, enabled=False):
-        if normalize: z = normalize_rows(z)
-        keys, first = z, 0
-        if gather: keys, first = gather(z)      # before the checks: all processes must learn of a wrong shape
-        check_projections(z, temperature)
-        grad = torch.is_grad_enabled() and (z.requires_grad or keys.requires_grad)
-        if keys is z and normalize and temperature >= 1/64 and len(z) > 2:
-            loss = _WithGradient.apply(partial(_triangle, chunk, grad), z/temperature**.5)
-        else: loss = _WithGradient.apply(partial(_stripes, chunk, grad, first), z/temperature, keys)
-    return _check_finite(loss, keys)
+        z = _rows(z, normalize)
+        keys, first = gather(z) if gather else (z, 0)     # before the checks: all must learn of a wrong shape
+        check_projections(z)
+        temperature = check_temperature(temperature)
+        if is_traced(): return _open(z/temperature, keys, first)
+        loss = _in_blocks(z, keys, first, temperature, chunk, keys is z and normalize)
+    return _check_finite(loss, keys, temperature, normalize)
 
 # %% ../nbs/04_ntxent.ipynb #c74f5fa8
 def _answers(first, second, temperature):
@@ -197,16 +239,15 @@ def _answers(first, second, temperature):
 @full_precision
 def contrastive_metrics(
     z:Tensor, # (2N, D) projections: N first views, then the N second views
-    temperature:float=.1, # τ of the loss
+    temperature:float|Tensor=.1, # τ of the loss
     normalize:bool=True, # as in `nt_xent`
     gather:Callable|None=None, # as in `nt_xent`: then the second views are those of all processes
 )->tuple[Tensor,Tensor]: # accuracy in [0, 1]; entropy in nats, from 0 to ln(number of second views)
     "Contrastive accuracy and entropy of the first views, from one pass over blocks of rows."
-    rows = z.to(torch.promote_types(z.dtype, torch.float32))
-    if normalize: rows = normalize_rows(rows)
-    keys, first = rows, 0
-    if gather: keys, first = gather(rows)       # before the checks, as in `nt_xent`
-    check_projections(z, temperature)
+    rows = _rows(z, normalize)
+    keys, first = gather(rows) if gather else (rows, 0)       # before the checks, as in `nt_xent`
+    check_projections(z)
+    temperature = check_temperature(temperature)
     n = len(z)//2
     second = keys.unflatten(0, (-1, 2, n))[:, 1].flatten(0, 1)
     found = [_answers(some, second, temperature) for some in rows[:n].split(_check_chunk(None, z.device))]
@@ -237,7 +278,7 @@ def alignment(
     z:Tensor, # (2N, D) projections; scaled to length 1 here
 )->Tensor: # scalar in [0, 4]; 0: both views of every image coincide
     "Mean squared distance between the two views of an image, on the unit sphere."
-    a, b = normalize_rows(check_projections(z, 1)).chunk(2)
+    a, b = normalize_rows(check_projections(z)).chunk(2)
     return (a - b).square().sum(1).mean()
 
 # %% ../nbs/04_ntxent.ipynb #af529ed5
@@ -246,6 +287,6 @@ def uniformity(
     z:Tensor, # (2N, D) projections of N > 1 images; scaled to length 1 here
 )->Tensor: # scalar, at most 0; lower is more even
     "Logarithm of the mean Gaussian kernel between different images' first views, on the unit sphere."
-    a = normalize_rows(check_projections(z, 1))[:len(z)//2]
+    a = normalize_rows(check_projections(z))[:len(z)//2]
     if len(a) < 2: raise ValueError('uniformity compares images: it takes at least 2, so z of 4 rows or more')
     return torch.pdist(a).square().mul(-2).exp().mean().log()

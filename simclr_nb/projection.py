@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from .core import checkpointed, load_strict, read_description, save_tensors, unwrap
+from .core import checkpointed, load_strict, read_description, save_tensors, tensor_shapes, unwrap
 
 # %% ../nbs/03_projection.ipynb #1feda888
 def _linear(dim_in, dim_out):
@@ -77,6 +77,21 @@ class ProjectionHead(nn.Module):
         return self.layers(h)
 
 # %% ../nbs/03_projection.ipynb #158bdfba
+def _check_sizes(**sizes):
+    wrong = [k for k, n in sizes.items() if not isinstance(n, Integral) or n < 1]
+    if wrong:
+        got = ', '.join(f'{k}={n!r}' for k, n in sizes.items())
+        raise ValueError(f'sizes are whole numbers, 1 or more; got {got}')
+
+def _check_weights(kind, dim_in, hidden, dim_out, layers):
+    "A mistyped size is told, and does not fill the memory."
+    if layers > 100: raise ValueError(f'a head has 100 layers at most, got {layers}')
+    n = dim_in*hidden + (layers - 2)*hidden**2 + hidden*dim_out
+    if kind != 'nonlinear': n = dim_in*dim_out*(kind == 'linear')
+    if n > 2**31:
+        raise ValueError(f'a head of these sizes would have {n:,} weights, and 2**31 are the most: '
+                         f'got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}, layers={layers}')
+
 def projection_head(
     dim_in:int, # d, the encoder's `feature_dim`
     kind:str='nonlinear', # 'none', 'linear' or 'nonlinear', the paper's best (its figure 8)
@@ -87,12 +102,12 @@ def projection_head(
 )->ProjectionHead: # h (B, d) to z (B, D)
     "The official code's projection head g."
     hidden = dim_in if hidden is None else hidden
-    if min(dim_in, dim_out, hidden) < 1:
-        raise ValueError(f'sizes are 1 or more, got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}')
+    _check_sizes(dim_in=dim_in, dim_out=dim_out, hidden=hidden, layers=layers)
     if kind in ('none', 'linear') and layers != 2:
         raise ValueError(f"layers counts the matrices of a 'nonlinear' head; leave it out for {kind!r}, got {layers}")
     if layers < 2:
         raise ValueError(f"a nonlinear head has 2 layers or more, got {layers}; the head with one is 'linear'")
+    _check_weights(kind, dim_in, hidden, dim_out, layers)
     return ProjectionHead(kind, dim_in, hidden, dim_out, layers, bn)
 
 # %% ../nbs/03_projection.ipynb #b2e7ea5a
@@ -185,7 +200,12 @@ def load_head(
 )->ProjectionHead: # in eval mode, with `.config`
     "Build the projection head that a file describes, with its weights."
     config = head_config(path)
-    with torch.random.fork_rng(devices=[]): head = projection_head(**{k: config[k] for k in _PARTS})
+    parts = {k: config[k] for k in _PARTS}
+    try:
+        with torch.device('meta'): outline = projection_head(**parts)
+    except ValueError as e: raise ValueError(f'the description in {path} is damaged: {e}') from e
+    load_strict(outline, tensor_shapes(path), path)         # before memory is taken for what a description says
+    with torch.random.fork_rng(devices=[]): head = projection_head(**parts)
     load_strict(head, load_file(path), path)
     head.config = config
     return head.eval()
