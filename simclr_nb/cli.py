@@ -68,7 +68,8 @@ class Output:
     knn_every: Natural = how(10) # epochs between evaluations by nearest neighbors, where there are labels; 0: none
     log: Annotated[Literal['tensorboard', 'wandb'] | None, optional()] = how(None) # send the history there too
     dry_run: Flag = how(False) # say what would be done, and stop
-    overwrite: Flag = how(False) # begin anew, and delete the run that is in the folder
+    overwrite: Flag = how(False) # begin anew; the run in the folder is deleted when the new one has a checkpoint
+    accept_changed_files: Flag = how(False) # go on although image files have another size or time of change
     traceback: Flag = how(False) # show where an error comes from
 
 @dataclass(kw_only=True)

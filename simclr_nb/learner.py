@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt, torch
-from fastai.basics import L
+from fastai.basics import L, noop
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
@@ -93,7 +93,9 @@ class SimCLRLearner(Learner):
         "As fastai's; the next run goes on in the stream of images where this one stopped."
         self.train_iter = 0
         try: super().fit(n_epoch, *args, **kwargs)
-        finally: self.start += self.step
+        finally:
+            self.start += self.step
+            for cb in [*self.cbs, *L(kwargs.get('cbs'))]: getattr(cb, 'release', noop)()
 
 # %% ../nbs/08_learner.ipynb #9a093577
 @patch(as_prop=True)

@@ -25,7 +25,7 @@ from .linear import check_labels, classification_report, linear_evaluation, perm
 from .logistic import logistic_regression
 from .labels import finetune as fine_tune, label_indices
 from .official import preprocess
-from .runs import read_json
+from .folder import read_json
 from .candidates import Found, baselines, head_of
 
 # %% ../nbs/14a_report.ipynb #36719995
