@@ -145,8 +145,9 @@ class History(Callback):
 @patch
 def begin(self:History):
     "A file with the lines up to the position of the run."
-    rows = self.path.read_text().splitlines()[1:] if self.path.exists() and self.step else []
-    kept = [row for row in rows if int(row.split(',')[0]) <= self.step]
+    rows = self.path.read_text(errors='replace').splitlines()[1:] if self.path.exists() and self.step else []
+    steps = [(_numbers(row, len(self.columns)) or [math.inf])[0] for row in rows]     # a damaged one goes
+    kept = [row for row, step in zip(rows, steps) if step <= self.step]
     atomic_write(self.path, ('\n'.join([','.join(self.columns), *kept]) + '\n').encode())
 
 @patch
@@ -188,12 +189,18 @@ def _cell(value):
     return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 # %% ../nbs/08a_callbacks.ipynb #18e10789
+def _numbers(line, n): # None: the line is damaged
+    cells = line.split(',')
+    try: return [float(v or 'nan') for v in cells] if len(cells) == n else None
+    except ValueError: return None
+
 def read_history(
     path:str|Path, # what `History` wrote
 )->dict: # column to (lines,) float64, nan where it is empty
-    "The numbers of a run; a line that was cut off is left out."
-    names, *rows = [line.split(',') for line in Path(path).read_text().splitlines()]
-    rows = [[float(v or 'nan') for v in row] for row in rows if len(row) == len(names)]
+    "The numbers of a run; a damaged line, such as one that was cut off, is left out."
+    lines = Path(path).read_text(errors='replace').splitlines()
+    names = lines[0].split(',') if lines else History.columns
+    rows = [row for row in (_numbers(line, len(names)) for line in lines[1:]) if row]
     return {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
 
 # %% ../nbs/08a_callbacks.ipynb #3edf4da9

@@ -16,7 +16,7 @@ from torch import nn
 from .encoder import encoder_info, feature_dim, load_encoder, set_encoder_info
 from .projection import load_head, projection_head
 from .labels import reinit
-from .runs import run_folder
+from .folder import run_folder
 
 # %% ../nbs/14d_candidates.ipynb #ca9c08d5
 class Found(NamedTuple):

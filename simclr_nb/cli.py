@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Preset', 'Data', 'Network', 'Optimization', 'SpeedAndMemory', 'Output', 'Pretrain', 'check_pretrain', 'pretrain',
            'Plot', 'plot', 'Input', 'Protocols', 'Report', 'Evaluate', 'evaluate', 'Transfer', 'transfer',
-           'loading_lines', 'Convert', 'convert', 'parse', 'one_line_errors', 'main']
+           'loading_lines', 'Convert', 'convert', 'parse', 'main']
 
 # %% ../nbs/14_cli.ipynb #341122d4
-import sys, time, warnings
-from contextlib import contextmanager
+import sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
-from .options import (AnyCount, AnyFloat, AnyNatural, AnyText, Count, Flag, Natural, check_settings, checked,
-    grouped_fields, how, optional, read_command_line, read_recipe, several)
+from .options import (AnyCount, AnyFloat, AnyNatural, AnyText, Count, Flag, Natural, Seed, check_settings,
+    checked, grouped_fields, how, optional, read_command_line, read_recipe, several)
+from .terminal import lasting_output, one_line_errors, one_line_warnings
 
 # %% ../nbs/14_cli.ipynb #2c15b3df
 Preset = Literal['imagenet', 'cifar10', 'imagenette', 'solar_cells']
@@ -27,27 +27,27 @@ class Data:
     source: Annotated[Positional[str | None], optional()] = None
     # other defaults: imagenet, imagenet-sqrt, cifar10, imagenette, solar_cells, or a .yaml file
     recipe: AnyText = how(None)
-    size: AnyCount = None # side of the views, pixels; None: the preset's, 224 for a folder
+    size: Annotated[AnyCount, 'at most 8,192'] = None # side of the views, pixels; None: the preset's, 224 for a folder
     augment: Annotated[Preset | None, optional()] = None # augmentations of this preset; None: what suits the source
-    images: AnyCount = how(None) # number of images, for --dry-run without them; None: counted
+    images: Annotated[AnyCount, 'at most 1,000,000,000,000'] = how(None) # number of images, for --dry-run without them; None: counted
 
 @dataclass(kw_only=True)
 class Network:
     arch: str = 'resnet50' # resnet18 to resnet152, with a width as in resnet50_2x, a timm name, or torchvision/NAME
     head: Literal['nonlinear', 'linear', 'none'] = 'nonlinear' # projection head
-    projection_dim: Count = 128 # numbers in z
+    projection_dim: Annotated[Count, 'at most 65,536'] = 128 # numbers in z
 
 # %% ../nbs/14_cli.ipynb #e90926d5
 @dataclass(kw_only=True)
 class Optimization:
-    epochs: Count = 100 # passes over the images
-    batch_size: Annotated[Count, arg(aliases=['-b'])] = 256 # images per step, over all processes
+    epochs: Annotated[Count, 'at most 1,000,000'] = 100 # passes over the images
+    batch_size: Annotated[Count, 'at most 10,000,000', arg(aliases=['-b'])] = 256 # images per step, over all processes
     optimizer: Literal['lars', 'sgd', 'adam'] = 'lars' # what moves the weights
     lr: Annotated[AnyFloat, 'above 0'] = None # peak learning rate; None: by --lr-scaling, with LARS
     lr_scaling: Literal['linear', 'sqrt'] = 'linear' # learning rate by batch size B: 0.3·B/256, or 0.075·√B
     warmup_epochs: Annotated[AnyFloat, '0 or more'] = None # None: 10, or a tenth of a shorter run
     temperature: Annotated[float, 'above 0'] = .1 # τ of the loss
-    seed: Natural = 0 # of weights, order and augmentations
+    seed: Seed = 0 # of weights, order and augmentations
 
 # %% ../nbs/14_cli.ipynb #a1fc5491
 @dataclass(kw_only=True)
@@ -57,8 +57,8 @@ class SpeedAndMemory:
     grad_checkpoint: bool = how(False) # compute activations twice instead of keeping them
     compile: bool = how(False) # compile the encoder with torch.compile
     memory_format: Literal['channels_last', 'contiguous_format'] = how('channels_last') # of views and weights
-    num_workers: AnyNatural = how(None) # processes that decode, for each that trains; None: one per core
-    processes: AnyCount = how(None) # for --dry-run: processes that share a batch; None: as many as torchrun started
+    num_workers: Annotated[AnyNatural, 'at most 1,024'] = how(None) # processes that decode, for each that trains; None: one per core
+    processes: Annotated[AnyCount, 'at most 1,000,000'] = how(None) # for --dry-run: processes that share a batch; None: as many as torchrun started
 
 # %% ../nbs/14_cli.ipynb #edfc827c
 @dataclass(kw_only=True)
@@ -68,7 +68,8 @@ class Output:
     knn_every: Natural = how(10) # epochs between evaluations by nearest neighbors, where there are labels; 0: none
     log: Annotated[Literal['tensorboard', 'wandb'] | None, optional()] = how(None) # send the history there too
     dry_run: Flag = how(False) # say what would be done, and stop
-    overwrite: Flag = how(False) # begin anew, and delete the run that is in the folder
+    overwrite: Flag = how(False) # begin anew; the run in the folder is deleted when the new one has a checkpoint
+    accept_changed_files: Flag = how(False) # go on although image files have another size or time of change
     traceback: Flag = how(False) # show where an error comes from
 
 @dataclass(kw_only=True)
@@ -121,11 +122,14 @@ def plot(s:Plot):
 def fraction(text:str): # a number, or text as it is
     "A fraction of the labels: a number, or the file that lists the images."
     if Path(text).is_file(): return text
-    if not 0 < float(text) <= 1: raise ValueError(f'a fraction lies above 0 and up to 1, got {text}')
-    return float(text)
+    return checked('a fraction', text, Annotated[float, 'above 0', 'at most 1'])
 
-def seed(text:str)->int: return checked('a seed', int(text), Natural)
-def rate(text:str)->float: return checked('a rate', float(text), Annotated[float, '0 or more'])
+def seed(text:str)->int:
+    if not text.isdecimal(): raise ValueError(f'a seed is a whole number of 0 or more, got {text!r}')
+    return checked('a seed', int(text), Seed)
+
+def rate(text:str)->float: return checked('a rate', text, Annotated[float, '0 or more'])
+def learning_rate(text:str)->float: return checked('a rate', text, Annotated[float, 'above 0'])
 
 # %% ../nbs/14_cli.ipynb #8c286dff
 @dataclass(kw_only=True)
@@ -135,7 +139,7 @@ class Input:
     data: Positional[str]
     layer: Literal['h', 'z'] = 'h' # features: h, or z behind the projection head
     # fraction of a test image's shorter side to keep; None: 1, for timm its own
-    crop: Annotated[AnyFloat, 'above 0'] = None
+    crop: Annotated[AnyFloat, 'at least 0.05', 'at most 1'] = None
 
 @dataclass(kw_only=True)
 class Protocols:
@@ -143,16 +147,16 @@ class Protocols:
     label_fractions: several(fraction) = (1.,) # as in 0.01,0.1,1; or files that list the labeled images, one a line
     seeds: several(seed) = (0,) # as in 0,1,2: each draws labels and trains anew
     k: Count = 20 # neighbors that vote
-    linear_epochs: AnyCount = None # None: 90; fewer than 10,000 images: 30, or 10 from half of the labels on
+    linear_epochs: Annotated[AnyCount, 'at most 1,000,000'] = None # None: 90; fewer than 10,000 images: 30, or 10 from half of the labels on
     # None: 60 below 5% of the labels, else 30; fewer than 10,000 images: 10 from half of the labels on
-    finetune_epochs: AnyCount = None
+    finetune_epochs: Annotated[AnyCount, 'at most 1,000,000'] = None
 
 # %% ../nbs/14_cli.ipynb #7279b843
 @dataclass(kw_only=True)
 class Report:
     out: AnyText = None # folder of the report; None: the run's, or runs/NAME-evaluation
     leaks: Flag = False # look for test images among the training images even if there are more than 100,000
-    num_workers: AnyNatural = None # processes that decode; None: one per core
+    num_workers: Annotated[AnyNatural, 'at most 1,024'] = None # processes that decode; None: one per core
     traceback: Flag = False # show where an error comes from
 
 @dataclass(kw_only=True)
@@ -166,9 +170,11 @@ def evaluate(s:Evaluate):
     from simclr_nb.data import train_test_splits
     from simclr_nb.linear import check_labels
     from simclr_nb.candidates import evaluation_folder, find_encoder
+    from simclr_nb.folder import read_json
     from simclr_nb.report import as_markdown, make_suite, remarks, report_facts, run_protocols, write_report
     began, found = time.perf_counter(), find_encoder(s.encoder)
     out = evaluation_folder(s.out, found, s.data)
+    read_json(out/'report.json')                               # if it is damaged, this is an error now
     train, test = train_test_splits(s.data)
     check_labels(train, test)
     suite = make_suite(found, train, test, s)
@@ -189,13 +195,13 @@ class Transfer:
     sets: several(str) = () # which of table 8, as in Pets,Flowers; all that are there if not given
     protocol: several(str, 'linear', 'finetuned') = ('linear', 'finetuned') # which, with commas between
     supervised: AnyText = None # file of an encoder trained with labels, to compare with
-    lr: several(rate) = () # learning rates to choose from; the paper's seven if not given
+    lr: several(learning_rate) = () # learning rates to choose from; the paper's seven if not given
     wd: several(rate) = () # weight decays to choose from; the paper's eight if not given
-    steps: AnyCount = None # of fine-tuning; None: 20,000, from random weights 40,000
+    steps: Annotated[AnyCount, 'at most 1,000,000,000'] = None # of fine-tuning; None: 20,000, from random weights 40,000
     batch_size: Annotated[Count, arg(aliases=['-b'])] = 256 # images per step of fine-tuning
-    seed: Natural = 0 # of random weights, order, and what is held out to choose
+    seed: Seed = 0 # of random weights, order, and what is held out to choose
     out: AnyText = None # folder of the report; None: the run's, or runs/NAME-evaluation
-    num_workers: AnyNatural = None # processes that decode; None: one per core
+    num_workers: Annotated[AnyNatural, 'at most 1,024'] = None # processes that decode; None: one per core
     traceback: Flag = False # show where an error comes from
 
 # %% ../nbs/14_cli.ipynb #0b39b28b
@@ -273,28 +279,12 @@ def parse(
     if recipe and s.source != recipe.get('source'): s = replace(s, images=None)     # a recipe counts its own images
     return name, s
 
-# %% ../nbs/14_cli.ipynb #3a867bfd
-@contextmanager
-def one_line_errors(
-    traceback:bool=False, # show it all the same
-):
-    "End the program with the error's own words and status 1."
-    expected = ValueError, OSError, ImportError, FloatingPointError
-    try: yield
-    except Exception as e:
-        if traceback: raise
-        text = str(e).split('\n\t')[-1]                        # fastai puts the callback's name before it
-        text = text.split(f'\n{type(e).__name__}: ')[-1]        # and a worker of a DataLoader its traceback
-        if not isinstance(e, expected): text = f'{type(e).__name__}: {text} (--traceback shows where)'
-        sys.exit('error: ' + ' '.join(text.split()))
-
 # %% ../nbs/14_cli.ipynb #0bd09465
 def main(
     args=None, # words of the command line; None: those of the program
 ):
     "The command `simclr`."
-    warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)   # not the user's business
     args = sys.argv[1:] if args is None else [str(a) for a in args]
-    with one_line_errors('--traceback' in args):
+    with lasting_output(), one_line_warnings(), one_line_errors('--traceback' in args):
         name, settings = parse(args)
         functions[name](settings)

@@ -34,6 +34,9 @@ def atomic_write(
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)                 # a full disk does not say which file
+        raise
     finally: part.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return path

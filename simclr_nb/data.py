@@ -297,6 +297,13 @@ def batch(self:StepSampler, step:int)->list[tuple]: # (epoch, i) of each image
     places = [divmod(place, self.n) for place in range(first, first + own)]
     return [(epoch, int(_order(self.n, self.seed, epoch)[k])) for epoch, k in places]
 
+# %% ../nbs/06_data.ipynb #793834f9
+import signal
+
+def ignore_signals(worker:int):
+    "In a process that decodes: SIGTERM and SIGINT are for the one that trains, which ends its step first."
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+
 # %% ../nbs/06_data.ipynb #4cd010b0
 def train_loader(
     images:ImageSet,
@@ -310,6 +317,7 @@ def train_loader(
     dataset = TwoCropDataset(images, augment, seed)
     return DataLoader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
         num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
         generator=torch.Generator())                      # starting workers draws no random number of others
 
 # %% ../nbs/06_data.ipynb #2cf7104e
@@ -352,4 +360,4 @@ def eval_loader(
     "A loader for evaluation."
     dataset = EvalDataset(images, size, crop)
     return DataLoader(dataset, batch_size, num_workers=default_workers(num_workers), collate_fn=dataset.collate,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals, generator=torch.Generator())

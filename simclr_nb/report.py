@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from .core import atomic_write, write_json
 from .encoder import encoder_info
-from .data import load_images
+from .data import load_images, presets
 from .callbacks import read_history
 from .features import balanced_accuracy, extract_features, find_near_duplicates, knn_predict, metrics
 from .pictures import (html_map, markdown_table, nearest_to_each, plot_alignment_uniformity, plot_confusion,
@@ -25,7 +25,7 @@ from .linear import check_labels, classification_report, linear_evaluation, perm
 from .logistic import logistic_regression
 from .labels import finetune as fine_tune, label_indices
 from .official import preprocess
-from .runs import read_json
+from .folder import evaluation_figures, read_json
 from .candidates import Found, baselines, head_of
 
 # %% ../nbs/14a_report.ipynb #36719995
@@ -218,14 +218,24 @@ def _score_text(s:dict)->str:
     if score['sd'] is not None: text += f' ± {score["sd"]:.1f}'
     return text if s.get('p', 0) <= .05 else f'{text} ~'
 
+# %% ../nbs/14a_report.ipynb #48484ff1
+def pretraining_images(source:str, data:str): # None: they are not here
+    "The images of a run, if they can be had without a download; `data`, another source, is here already."
+    downloads = source in presets and source not in ('solar_cells', data)
+    if downloads: return None
+    try: return load_images(source)
+    except (ValueError, OSError, ImportError): return None      # moved, deleted, or of another machine
+
 # %% ../nbs/14a_report.ipynb #2626ccf3
 def seen_unlabeled(
     run:Path|None, # folder of the run
     test,
-)->int|None: # None: not known, there is no run or it has no config.json
+    data:str, # where `test` comes from
+)->int|None: # None: not known
     "How many of the test images the run was pretrained on."
-    if run is None or not (run/'config.json').exists(): return None
-    seen = load_images(read_json(run/'config.json')['source'])
+    source = run and read_json(run/'config.json').get('source')
+    seen = pretraining_images(source, data) if source else None
+    if seen is None: return None
     return len({f.resolve() for f in test.files} & {f.resolve() for f in seen.files})
 
 def find_leaks(
@@ -253,7 +263,7 @@ def report_facts(
     images = dict(source=str(s.data), train=len(train), test=len(test), classes=train.classes,
         left_out=suite.unreadable_files, leaks=find_leaks(train, test, s.leaks))
     encoder = dict(title=found.title, encoder=found.name, layer=s.layer,
-        pretraining_complete=pretraining_complete(found.run), test_seen_in_pretraining=seen_unlabeled(found.run, test))
+        pretraining_complete=pretraining_complete(found.run), test_seen_in_pretraining=seen_unlabeled(found.run, test, s.data))
     how = dict(k=suite.k, seeds=list(s.seeds), metric='balanced accuracy, %')
     paper = paper_numbers(s.data, encoder_info(found.encoder)['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=summarize(rows, test.labels, found.name), skipped=skipped, paper=paper,
@@ -355,13 +365,14 @@ def write_report(
     suite:EvalSuite,
     run:Path|None=None, # folder of the run
 ):
-    "report.json (what pretraining wrote there stays), report.md, and the pictures."
+    "report.json (what pretraining wrote there stays), report.md, and the pictures; those of an earlier evaluation go."
     on, scores = facts['evaluated_on'], facts['scores']
     old = {k: v for k, v in read_json(out/'report.json').items() if k not in protocol_names}
     write_json(out/'report.json', old | flat_scores(scores) | facts)
     text = [f"# {on['title']} on {Path(on['source']).name}", as_markdown(scores, facts['paper']), *remarks(facts)]
-    atomic_write(out/'report.md', ('\n\n'.join(text) + '\n').encode())
+    atomic_write(out/'report.md', ('\n\n'.join(text) + '\n').encode(errors='backslashreplace'))
     (out/'figures').mkdir(exist_ok=True)
+    for old in [f for name in evaluation_figures for f in (out/'figures').glob(name)]: old.unlink()
     draw_scores(suite, scores, rows, out/'figures')
     draw_features(suite, on['title'], out/'figures')
     draw_geometry(run, out/'figures')
