@@ -86,6 +86,7 @@ class Checkpoints(Callback):
         if stop and self.stop_requested == signal.SIGINT: raise KeyboardInterrupt
         if stop: raise SystemExit(128 + signal.SIGTERM)
     def after_fit(self): self.release()
+    def after_failed_fit(self): self.release()
     def release(self):
         "The signals mean again what they meant before; the learner calls this after an error, too."
         while self.handlers_before: signal.signal(*self.handlers_before.popitem())
