@@ -217,7 +217,7 @@ def _first_readable(self:TwoCropDataset, epoch, i):
         else:
             self.unreadable[j] = False                   # perhaps it could not be read before
             return j, *found
-    raise BadImage(f'none of {len(tried)} files can be read, of {len(self)} in the set: '
+    raise BadImage(f'none of the {len(tried)} images tried, of {len(self)} in the set, can be read: '
                    f'{listing(self.images.files[j] for j in tried)}. The first: {next(iter(tried.values()))}')
 
 @patch
