@@ -23,8 +23,8 @@ from .lars import scale_lr
 from .data import ImageSet, stratified_split
 from .learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback, train_dls
 from .callbacks import SanityChecks, zero_linear
-from .features import (accuracy, balanced_accuracy, check_classes, check_features, check_number, extract_features,
-    knn_predict, metrics, printable, to_numpy)
+from .features import (accuracy, balanced_accuracy, check_classes, check_features, check_number,
+    extract_features, knn_predict, metrics, printable, to_numpy)
 from .pictures import markdown_table, protocol_names
 from .logistic import logistic_path, logistic_regression
 
@@ -39,8 +39,9 @@ def n_outputs(images:ImageSet)->int:
 def check_sets(train:ImageSet, test:ImageSet):
     "A `ValueError` where a classifier of the training images cannot be tested on the test images."
     _check_kinds(train, test)
-    shown = [s.labels.any(0) if s.labels.ndim == 2 else np.isin(range(n_outputs(train)), s.labels) for s in (train, test)]
-    absent = np.flatnonzero(shown[1] & ~shown[0])
+    C = n_outputs(train)
+    trained, tested = [s.labels.any(0) if s.labels.ndim == 2 else np.isin(range(C), s.labels) for s in (train, test)]
+    absent = np.flatnonzero(tested & ~trained)
     if len(absent):
         raise ValueError('there is no training image of these classes of the test images: '
                          f'{listing(_names(train, absent))}. Add some, or leave the classes out of the test images')
@@ -134,8 +135,9 @@ def last_layer(model:nn.Sequential)->list: # parameters
 def _decay_groups(model, trained, wd):
     "Two groups of parameters: weight decay is not for the scales and shifts of batch norm."
     norms = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters(False)}
-    groups = [dict(params=[p for p in trained(model) if (id(p) in norms) == of_norm], weight_decay=0. if of_norm else wd)
-              for of_norm in (False, True)]
+    params = trained(model)
+    groups = [dict(params=[p for p in params if id(p) not in norms], weight_decay=wd),
+              dict(params=[p for p in params if id(p) in norms], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
 # %% ../nbs/10_linear.ipynb #eedb3db5
@@ -156,7 +158,8 @@ def classifier_learner(
     model = nn.Sequential(encoder, zero_linear(feature_dim(encoder, size), n_outputs(train)))
     loss = nn.BCEWithLogitsLoss() if train.labels.ndim == 2 else nn.CrossEntropyLoss()
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
-    return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=partial(_decay_groups, trained=trained, wd=wd),
+    groups = partial(_decay_groups, trained=trained, wd=wd)
+    return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=groups,
                          cbs=[ViewsCallback(augment, seed), SanityChecks()])
 
 # %% ../nbs/10_linear.ipynb #9ea5f5af

@@ -193,7 +193,8 @@ def _fill(net, names, entries, files):
     state = {k: torch.tensor(0) for k in counters} # inference does not need them
     for ours, theirs in names.items():
         a = read_tensor(files, theirs, entries[theirs])
-        if not np.isfinite(a).all(): raise BadCheckpoint(f'{theirs} holds NaN or infinite numbers: did training diverge?')
+        if not np.isfinite(a).all():
+            raise BadCheckpoint(f'{theirs} holds NaN or infinite numbers: did training diverge?')
         a = a.transpose(3, 2, 0, 1) if a.ndim == 4 else a.T
         state[ours] = torch.from_numpy(a.copy(order='C'))
     net.load_state_dict(state, assign=True)

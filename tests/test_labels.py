@@ -72,7 +72,8 @@ def test_classes_that_do_not_train_are_named(sets, protocol):
 
 @pytest.mark.parametrize('protocol', [linear_evaluation, finetune, score])
 @pytest.mark.parametrize('labels, words', [
-    ([.5, 1.5], 'must be integers'), ([0, -1], 'integers from 0, got -1'), ([0, 3], 'go up to 3, but there are 3 classes')])
+    ([.5, 1.5], 'must be integers'), ([0, -1], 'integers from 0, got -1'),
+    ([0, 3], 'go up to 3, but there are 3 classes')])
 def test_labels_that_are_no_classes_are_refused(sets, protocol, labels, words):
     train, test = sets
     for a, b in (([*train.labels[2:], *labels], test.labels), (train.labels, [*test.labels[2:], *labels])):
