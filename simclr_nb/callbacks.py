@@ -59,8 +59,9 @@ def after_fit(self:SanityChecks):
         for others in all_gather_objects(unreadable.clone()): unreadable |= others
     files = self.unreadable_files()
     if files and not get_rank():
-        warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read and were left out: '
-                      + listing(files, 10))
+        warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read, '
+            f'and training went on without: {listing(files)}. The whole list: '
+            "learn.sanity_checks.unreadable_files(), and in a run's folder report.json, under left_out")
 
 @patch
 def unreadable_files(self:SanityChecks)->list:

@@ -57,6 +57,19 @@ def write_json(
     "Write JSON, whole or not at all."
     return atomic_write(path, (json.dumps(facts, indent=1) + '\n').encode())
 
+# %% ../nbs/00a_core.ipynb #20cf69af
+def name_bytes(
+    path, # a path or a name
+)->bytes:
+    "A file name as the bytes that the disk holds, to hash it or to store it."
+    return os.fsencode(path)
+
+def shown(
+    path, # a path, a name, or any text
+)->str:
+    "A file name as text that can be printed and written: bytes that are not UTF-8 are escaped."
+    return str(path).encode(errors='backslashreplace').decode()
+
 # %% ../nbs/00a_core.ipynb #57b6394c
 def save_tensors(
     path:str|Path, # the file; its folder is made if needed
@@ -101,7 +114,7 @@ def listing(
     most:int=6, # this many are named
 )->str:
     "The first names in order, and how many more there are."
-    names = sorted(map(str, names))
+    names = sorted(map(shown, names))
     rest = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(names[:most]) + rest
 
@@ -141,29 +154,57 @@ def to_rgb(
     im:Image.Image, # of any mode
 )->Image.Image: # RGB, 8 bits
     "An image as RGB: 16 bits are scaled, transparency becomes white."
-    if im.mode.startswith('I;16') or im.mode in ('I', 'F'):
-        return _scaled(np.asarray(im, dtype=np.float32), im.mode)
-    if 'transparency' in im.info or im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa'):
-        im = im.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+    if im.mode.startswith('I;16') or im.mode in ('I', 'F'): return _scaled(im)
+    if 'transparency' in im.info or im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa'): return _on_white(im)
     im.load()
     return im if im.mode == 'RGB' else im.convert('RGB')
 
-def _scaled(x, mode):
-    "Numbers of more than 8 bits, scaled to 8."
+def _strips(im):
+    "Pieces of an image of about a million pixels, and the row at which each begins."
+    rows = max(1, 2**20//max(1, im.width))
+    if rows >= im.height: return (yield 0, im)
+    for top in range(0, im.height, rows):
+        yield top, im.crop((0, top, im.width, min(top + rows, im.height)))
+
+def _on_white(im):
+    out = Image.new('RGB', im.size)
+    for top, strip in _strips(im):
+        white = Image.new('RGBA', strip.size, 'white')
+        out.paste(Image.alpha_composite(white, strip.convert('RGBA')).convert('RGB'), (0, top))
+    return out
+
+# %% ../nbs/00a_core.ipynb #fffc00f5
+def _numbers(im):
+    for top, strip in _strips(im): yield top, np.asarray(strip, dtype=np.float32)
+
+def _white_level(im):
+    "The number that stands for white; a `ValueError` where there is none."
+    ends = np.array([(x.min(), x.max()) for _, x in _numbers(im)])
+    low, high = ends[:,0].min(), ends[:,1].max()
     white = 65535
-    if mode == 'F':                                             # floats do not say what is white
-        white = next((w for w in (1, 255, 65535) if x.max() <= w), None)
-    if white is None or not (x.min() >= 0 and x.max() <= white):
-        raise ValueError(f'its values lie between {x.min():g} and {x.max():g}: save it with 8 or 16 bits')
-    return Image.fromarray((x*255/white).round().astype(np.uint8)).convert('RGB')
+    if im.mode == 'F':                                          # floats do not say what is white
+        white = next((w for w in (1, 255, 65535) if high <= w), None)
+    if white is None or not (low >= 0 and high <= white):
+        raise ValueError(f'its values lie between {low:g} and {high:g}: save it with 8 or 16 bits')
+    return white
+
+def _scaled(im):
+    "Numbers of more than 8 bits, scaled to 8."
+    white, clear, out = _white_level(im), im.info.get('transparency'), Image.new('L', im.size)
+    for top, x in _numbers(im):
+        gray = (x*255/white).round().astype(np.uint8)
+        if isinstance(clear, int): gray[x == clear] = 255       # this level is transparent
+        out.paste(Image.fromarray(gray), (0, top))
+    return out.convert('RGB')
 
 # %% ../nbs/00a_core.ipynb #2f119f77
 def pixels(
     im:Image.Image, # RGB
 )->Tensor: # (3, H, W) uint8
     "The bytes of an RGB image."
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+    x = np.empty((im.height, im.width, 3), np.uint8)
+    for top, strip in _strips(im): x[top:top + strip.height] = np.asarray(strip)
+    return torch.from_numpy(x).permute(2, 0, 1)
 
 # %% ../nbs/00a_core.ipynb #005a2a07
 @contextmanager

@@ -53,7 +53,7 @@ def gaussian_noise(
     sigma, # standard deviation, per image
     seed, # of the noise, per image, integer
 )->Tensor: # not clipped
-    "Add Gaussian noise that depends on the seed alone."
+    "Add Gaussian noise that depends on the seed alone; drawn on the CPU, so that every device gets the same."
     seeds = torch.as_tensor(seed).reshape(-1).expand(len(x)).tolist()
     rngs = [keyed_rng(int(s), view=2**32 + 2) for s in seeds]               # no view's stream
     noise = np.stack([rng.standard_normal(x.shape[1:]) for rng in rngs])
@@ -175,7 +175,7 @@ class AutoAugment(RandomTransform):
             out = [self._one(im, seed) for im, seed in zip(images, seeds)]
         return torch.stack(out).to(x.dtype)/255
     def _one(self, im, seed):
-        torch.manual_seed(int(seed))
+        torch.default_generator.manual_seed(int(seed))   # `torch.manual_seed` would reseed the GPUs, too
         return self.policy(im)
 
 # %% ../nbs/01a_operations.ipynb #c4556543
