@@ -263,7 +263,8 @@ def report_facts(
     images = dict(source=shown(s.data), train=len(train), test=len(test), classes=train.classes,
         left_out=suite.unreadable_files, leaks=find_leaks(train, test, s.leaks))
     encoder = dict(title=found.title, encoder=found.name, layer=s.layer,
-        pretraining_complete=pretraining_complete(found.run), test_seen_in_pretraining=seen_unlabeled(found.run, test, s.data))
+        pretraining_complete=pretraining_complete(found.run),
+        test_seen_in_pretraining=seen_unlabeled(found.run, test, s.data))
     how = dict(k=suite.k, seeds=list(s.seeds), metric='balanced accuracy, %')
     paper = paper_numbers(s.data, encoder_info(found.encoder)['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=summarize(rows, test.labels, found.name), skipped=skipped, paper=paper,
