@@ -298,11 +298,19 @@ def batch(self:StepSampler, step:int)->list[tuple]: # (epoch, i) of each image
     return [(epoch, int(_order(self.n, self.seed, epoch)[k])) for epoch, k in places]
 
 # %% ../nbs/06_data.ipynb #793834f9
-import signal
+import signal, threading
+
+def leave_with_parent():
+    "Wait for the SIGTERM of the process that started this one; others who send it to all of a group mean that one."
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid(): pass
+    os._exit(0)
 
 def ignore_signals(worker:int):
     "In a process that decodes: SIGTERM and SIGINT are for the one that trains, which ends its step first."
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'): return          # macOS
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 # %% ../nbs/06_data.ipynb #4cd010b0
 def train_loader(

@@ -25,8 +25,8 @@ def optional(**options):
     "How the help shows an option that may be None."
     return arg(help_behavior_hint=lambda default: '' if default == 'None' else f'(default: {default})', **options)
 
-Count = Annotated[int, '1 or more']
-AnyCount = Annotated[int | None, optional(metavar='INT'), '1 or more']
+Count = Annotated[int, '1 or more', 'at most 1,000,000,000,000']
+AnyCount = Annotated[int | None, optional(metavar='INT'), '1 or more', 'at most 1,000,000,000,000']
 Natural = Annotated[int, '0 or more']
 AnyNatural = Annotated[int | None, optional(metavar='INT'), '0 or more']
 AnyFloat = Annotated[float | None, optional(metavar='FLOAT')]

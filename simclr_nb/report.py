@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from .core import atomic_write, write_json
+from .core import atomic_write, shown, write_json
 from .encoder import encoder_info
 from .data import load_images, presets
 from .callbacks import read_history
@@ -244,7 +244,7 @@ def find_leaks(
 )->list|None: # of (training file, test file, how); None: not looked for
     "Test images that are among the training images."
     if len(train) + len(test) > 100_000 and not anyway: return None
-    return [(str(a), str(b), how) for a, b, how in find_near_duplicates(train, test)]
+    return [(shown(a), shown(b), how) for a, b, how in find_near_duplicates(train, test)]
 
 def pretraining_complete(run:Path|None)->bool|None: # None: not known
     "Has the run come to its end?"
@@ -260,10 +260,11 @@ def report_facts(
 )->dict: # JSON's types
     "All that a report says."
     train, test = suite.train, suite.test
-    images = dict(source=str(s.data), train=len(train), test=len(test), classes=train.classes,
+    images = dict(source=shown(s.data), train=len(train), test=len(test), classes=train.classes,
         left_out=suite.unreadable_files, leaks=find_leaks(train, test, s.leaks))
     encoder = dict(title=found.title, encoder=found.name, layer=s.layer,
-        pretraining_complete=pretraining_complete(found.run), test_seen_in_pretraining=seen_unlabeled(found.run, test, s.data))
+        pretraining_complete=pretraining_complete(found.run),
+        test_seen_in_pretraining=seen_unlabeled(found.run, test, s.data))
     how = dict(k=suite.k, seeds=list(s.seeds), metric='balanced accuracy, %')
     paper = paper_numbers(s.data, encoder_info(found.encoder)['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=summarize(rows, test.labels, found.name), skipped=skipped, paper=paper,

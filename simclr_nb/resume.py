@@ -13,7 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from . import __version__
-from .core import BadCheckpoint, atomic_write, get_rank, unwrap
+from .core import BadCheckpoint, atomic_write, get_rank, name_bytes, shown, unwrap
 from .distributed import all_gather_objects, any_rank
 
 # %% ../nbs/08b_resume.ipynb #3ffc8909
@@ -96,7 +96,7 @@ class Checkpoints(Callback):
 def fingerprint(self:Checkpoints)->dict:
     "What must be the same when a run goes on."
     dataset, schedule = self.dls.train.dataset, getattr(self.learn, 'step_schedule', None)
-    names = b'\n'.join(os.fsencode(f.name) for f in dataset.images.files)
+    names = b'\n'.join(name_bytes(f.name) for f in dataset.images.files)
     facts = dict(images=len(dataset), files=zlib.crc32(names), epochs=self.n_epoch, batch_size=self.batch_size,
                  seed=dataset.seed, optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__)
     return facts | (schedule.scheds['lr'].keywords if schedule else {}) | self.config
@@ -130,7 +130,7 @@ def check_files(self:Checkpoints, marks:torch.Tensor, path):
     "An error that names the first file that is not as it was."
     changed = (marks != self.marks).nonzero().flatten().tolist()
     if not changed: return
-    first = str(self.dls.train.dataset.images.files[changed[0]]).encode(errors='backslashreplace').decode()
+    first = shown(self.dls.train.dataset.images.files[changed[0]])
     raise ValueError(f'image files changed since {path} was written, {len(changed)} of {len(marks)}; the first is '
         f'{first} (its size, or time of change). Put them back, begin a new run, or go on all the same with '
         '--accept-changed-files (from Python: accept_changed_files=True)')

@@ -18,7 +18,7 @@ import fastai, numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device, no_random
 from . import __version__
-from .core import get_rank
+from .core import get_rank, shown
 from .encoder import build_encoder, encoder_info
 from .projection import SimCLR, projection_head, save_head
 from .data import augmentations_for, check_batch, load_images, presets
@@ -246,7 +246,7 @@ def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all p
     began = time.perf_counter()
     with progress(learn): learn.pretrain(s.epochs, s.batch_size, s.lr, s.lr_scaling, s.warmup_epochs, cbs=cbs)
     seconds, steps = time.perf_counter() - began, learn.step - checkpoints.restored_step
-    unreadable = [str(f) for f in learn.sanity_checks.unreadable_files()]
+    unreadable = [shown(f) for f in learn.sanity_checks.unreadable_files()]
     if not first: return {}
     learn.save_encoder(out/'encoder.safetensors')
     save_head(learn.head, out/'head.safetensors')

@@ -122,5 +122,6 @@ def write_transfer(
     parts = [transfer_markdown(rows),
         f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
     if left_out: parts.append(f'Left out: {", ".join(left_out)}.')
-    atomic_write(out/'transfer.md', ('\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n').encode(errors='backslashreplace'))
+    text = '\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n'
+    atomic_write(out/'transfer.md', text.encode(errors='backslashreplace'))
     return '\n'.join(parts)

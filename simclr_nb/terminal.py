@@ -38,7 +38,7 @@ def one_line_errors(
 def one_line_warnings():
     "Warnings without the line of source code that they come from."
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)   # not the user's business
+        warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)   # of PyTorch itself
         def show(message, *args, **kwargs): print(f'warning: {" ".join(str(message).split())}', file=sys.stderr)
         warnings.showwarning = show
         yield

@@ -75,7 +75,7 @@ def run(trained, tmp_path): return shutil.copytree(trained, tmp_path/'run')
 # --overwrite
 
 @pytest.mark.parametrize('typo', ['--temperature 0', '--lr -1', '--epochs 0', '--log nothing', '--precision fp16',
-    '--arch resnett', '-b 5000', '--recipe nothing', '--lr 1e30', '--size 1', '--num-workers -1'])
+    '--arch resnett', '-b 5000', '--recipe nothing', '--lr 1e30', '--num-workers -1'])
 def test_a_typo_beside_overwrite_costs_nothing(images, run, typo):
     before = contents(run)
     refused(pretrain(images, run, '--overwrite', *typo.split()))
@@ -114,15 +114,16 @@ def test_two_runs_in_one_folder(images, run):
 
 
 def test_a_first_try_that_fails_does_not_block_its_folder(images, tmp_path):
-    refused(pretrain(images, tmp_path/'run', '--lr', '1e30'), 'the gradient is not finite')
+    refused(pretrain(images, tmp_path/'run', '--lr', '1e30'), 'not finite')
     works(pretrain(images, tmp_path/'run'))
     refused(pretrain(images, tmp_path/'run', '--lr', '0.2'), 'whose lr was 0.1, not 0.2')
 
 
-def test_images_that_were_added_are_noticed(images, run, tmp_path):
-    shutil.copytree(images, tmp_path/'more')
-    draw(tmp_path/'more', 26)
-    refused(pretrain(tmp_path/'more', run), 'whose images was 24, not 26')
+def test_images_that_were_added_are_noticed(images, tmp_path):
+    more = shutil.copytree(images, tmp_path/'more')
+    works(pretrain(more, tmp_path/'new'))
+    draw(more, 26)
+    refused(pretrain(more, tmp_path/'new'), 'whose images was 24, not 26')
 
 
 @pytest.mark.parametrize('name', ['config.json', 'report.json'])
@@ -174,8 +175,11 @@ def test_names_that_are_not_utf8(images, tmp_path):
     (tmp_path/'run/report.json').read_text().encode('ascii')
 
 
-def test_a_picture_that_was_replaced_is_noticed(images, run, tmp_path):
-    folder = shutil.copytree(images, tmp_path/'images')                  # keeps the times of change
+def test_a_picture_that_was_replaced_is_noticed(images, tmp_path):
+    folder, run = shutil.copytree(images, tmp_path/'images'), tmp_path/'run'
+    works(pretrain(folder, run))
+    (run/'report.json').unlink()
+    works(pretrain(folder, run))                                         # the same images
     (run/'report.json').unlink()
     Image.new('RGB', (40, 40)).save(folder/'class1/03.png')
     refused(pretrain(folder, run), 'class1/03.png', '1 of 24', '--accept-changed-files')
@@ -186,7 +190,7 @@ def test_a_damaged_history_line_is_left_out(images, run):
     lines = (run/'history.csv').read_text().splitlines()
     (run/'history.csv').write_text('\n'.join([lines[0], lines[1], 'x'*9, '\x00,' + lines[2][2:], *lines[2:]]))
     (run/'report.json').unlink()
-    assert '| 3 ' in works(simclr('plot', run))
+    assert ' 3 |' in works(simclr('plot', run))
     works(pretrain(images, run))
 
 
@@ -254,7 +258,7 @@ def test_settings_of_transfer(tmp_path, option, value, words):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('', 'no recipe'), ('epochs: 1\nepochs: 2', 'epochs is set more than once'), (': 3', 'without the name'),
+    ('', 'no recipe'), ('epochs: 1\nepochs: 2', 'epochs is set more than once'), ('~: 3', 'without the name'),
     ('batch-size: 8\nbatch_size: 16', 'batch_size is set more than once'), ('epochs:', 'epochs takes int, got None'),
     ('lr: .nan', 'lr must be above 0, got nan'), ('epochs: 0b_', 'is not YAML'), ('- epochs', 'no recipe')])
 def test_recipes_that_are_wrong(tmp_path, text, words):
