@@ -211,14 +211,12 @@ def _first_readable(self:TwoCropDataset, epoch, i):
     "The first candidate that can be read."
     bad, first = set(), None
     for j in self._candidates(epoch, i):
-        known_bad = bad and self.unreadable[j]           # image i itself is read anew: it may be there again
+        known = bool(bad and self.unreadable[j])         # image i itself is read anew: it may be there again
+        try: found = None if known else self.views(epoch, j)
+        except BadImage as e: found, first = None, first or e
+        self.unreadable[j] = found is None
+        if found is not None: return j, *found
         bad.add(j)
-        if known_bad: continue
-        try: found = self.views(epoch, j)
-        except BadImage as e: self.unreadable[j], first = True, first or e
-        else:
-            self.unreadable[j] = False
-            return j, *found
     raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
                    f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
 
