@@ -331,7 +331,7 @@ def simclr_augmentations(
     blur:bool=True, # the paper blurs on ImageNet, not on CIFAR-10
     implementation:str='simclrv1', # of the colors: the paper's; or 'simclrv2', 'torchvision'
     **kwargs, # `n_views`, `one_branch`: see `Augmentation`
-)->Augmentation:
+)->Augmentation: # two views of an image, or as many as wanted
     "The paper's recipe (appendix A): crop, flip, color distortion, color drop, blur."
     s, blurs = strength, [RandomBlur(size//10)] if blur else []
     color = ColorDistortion(.8*s, .8*s, .8*s, .2*s, implementation=implementation)

@@ -14,7 +14,6 @@ from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt, torch
-from fastai.basics import L
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
@@ -23,6 +22,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random, trainable_params
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views

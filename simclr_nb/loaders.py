@@ -10,11 +10,11 @@ __all__ = ['fast_apply', 'crops_to_views', 'first_views', 'show_views', 'CropLoa
 from inspect import signature
 
 import matplotlib.pyplot as plt, torch, torch.distributed as dist
-from fastai.basics import noop
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiLoader
 from fastai.torch_core import default_device
+from fastcore.basics import noop
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from .core import get_rank, get_world_size

@@ -145,7 +145,7 @@ def _check_problem(h, y):
 def logistic_path(
     h:Tensor, # (n, d) features; computed on their device
     y, # (n,) classes, 0 to C - 1
-    l2=l2_grid, # penalties λ on the mean loss; scikit-learn's C is 1/(nλ)
+    l2:Tensor=l2_grid, # penalties λ on the mean loss; scikit-learn's C is 1/(nλ)
     weight=None, # (n,) importance of each image; None: all alike
 )->LogisticPath:
     "Multinomial logistic regression for all penalties at once."
@@ -189,7 +189,7 @@ def logistic_regression(
     h:Tensor, # (n, d) features of the training images
     y, # (n,) their classes, 0 to C - 1
     seed:int=0, # of the split that chooses
-    l2=l2_grid, # penalties λ to choose from
+    l2:Tensor=l2_grid, # penalties λ to choose from
     balanced:bool=False, # classes weigh the same however many images they have
     metric=accuracy, # decides: true and predicted classes to a number
     held_out:float=.2, # fraction of the training images that decides

@@ -1,12 +1,14 @@
 "Real gloo processes against one process: loss, gradient, metrics, LARS steps, batch norm, micro-batches, and errors."
 import copy, datetime, time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.distributed import _batch_norm, gather_rows, global_batch_norm
+from simclr_nb.callbacks import OnlineEval
+from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_metrics, nt_xent
@@ -169,6 +171,17 @@ def unequal(x, rank, world):
     return x.tensor_split([1 + 2*i for i in range(world - 1)])[rank]
 
 
+def idle_first(x, rank, world):
+    "Rows of one process: rank 0 has none."
+    return x[:0] if rank == 0 else x.chunk(world - 1)[rank - 1]
+
+
+def too_few(rows):
+    "The error of a batch norm that gets so many rows in this process."
+    try: global_batch_norm(nn.BatchNorm1d(3))(torch.ones(rows, 3))
+    except ValueError as e: return str(e)
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', store=dist.FileStore(f'{folder}/store', world), rank=rank, world_size=world,
@@ -195,6 +208,9 @@ def worker(rank, world, folder):
     out['all'] = fit(checkpoint_activations(net), views, IMAGES//world//3)
     out['bn'] = {k: normalized(global_batch_norm(bn), unequal(x, rank, world), unequal(weigh, rank, world))
                   for k, (bn, x, weigh) in batch_norms().items()}
+    out['idle'] = {k: normalized(global_batch_norm(bn), idle_first(x, rank, world), idle_first(weigh, rank, world))
+                   for k, (bn, x, weigh) in batch_norms().items()}
+    out['too few'] = too_few(0), too_few(int(rank == 1))
 
     last = rank == world - 1
     out['unequal'] = [refusal(6 if last else 8, 4), refusal(8, 3 if last else 4)]
@@ -202,7 +218,8 @@ def worker(rank, world, folder):
         empty=refusal(0 if last else 8, 4), odd=refusal(7 if last else 8, 4), all_odd=refusal(7, 4),
         flat=refusal(8) if last else refusal(8, 4), scalar=refusal() if last else refusal(8, 4),
         dtype=refusal(8, 4, dtype=torch.float64 if last else torch.float32),
-        half=refusal(8, 4, dtype=torch.bfloat16 if last else torch.float16), integer=refusal(8, 4, dtype=torch.int64))
+        half=refusal(8, 4, dtype=torch.bfloat16 if last else torch.float16), integer=refusal(8, 4, dtype=torch.int64),
+        narrow=refusal(8, 0))
     out['after'] = gather_rows(torch.full((2, 1), float(rank)))[0]
     torch.save(out, f'{folder}/rank{rank}.pt')
     dist.barrier()  # nobody leaves while another still sends
@@ -332,25 +349,54 @@ def test_global_batch_norm_micro_batches_and_checkpointing_together(ranks):
 
 
 @pytest.mark.parametrize('kind', batch_norms())
-def test_batch_norm_of_unequal_shares(ranks, kind):
+@pytest.mark.parametrize('shares', ['bn', 'idle'])
+def test_batch_norm_of_unequal_shares(ranks, kind, shares):
+    "Also where one process has a single row, or none."
     bn, x, weigh = batch_norms()[kind]
     low = x.dtype.itemsize < 4
-    one, rank0 = normalized(copy.deepcopy(bn), x, weigh), ranks[0]['bn'][kind]
+    one, rank0 = normalized(copy.deepcopy(bn), x, weigh), ranks[0][shares][kind]
     tol = dict(rtol=1e-4, atol=1e-4)
     if x.dtype == torch.float64: tol = dict(rtol=1e-10, atol=1e-10)
     if low: tol = dict(rtol=2e-2, atol=2e-2)
     for k in ('y', 'dx', 'evaluated'):
-        together = torch.cat([t['bn'][kind][k] for t in ranks])
+        together = torch.cat([t[shares][kind][k] for t in ranks])
         assert together.dtype == x.dtype
         torch.testing.assert_close(together, one[k], **tol)
     for i, g in enumerate(one['grads']):
-        torch.testing.assert_close(sum(t['bn'][kind]['grads'][i] for t in ranks), g, **tol)
+        torch.testing.assert_close(sum(t[shares][kind]['grads'][i] for t in ranks), g, **tol)
     for t in ranks:
-        for a, b in zip(t['bn'][kind]['buffers'], one['buffers'], strict=True):
+        for a, b in zip(t[shares][kind]['buffers'], one['buffers'], strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, **(dict(rtol=1e-5, atol=1e-5) if low else tol))
     if kind == 'channels_last':
         for k in ('y', 'dx'): assert rank0[k].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_norm_of_less_than_two_rows_is_an_error_in_every_process(ranks):
+    for t in ranks:
+        none, single = t['too few']
+        assert 'more than one value per channel' in none and 'got 0' in none and 'got 1' in single
+
+
+PATIENCE = 3   # of the collectives, in seconds
+
+def slow_evaluation(rank, world, folder):
+    "The first process takes twice as long to evaluate as a collective may wait."
+    dist.init_process_group('gloo', store=dist.FileStore(f'{folder}/store', world), rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=PATIENCE))
+    evaluation = OnlineEval(lambda encoder: time.sleep(2*PATIENCE) or 50., every=1)
+    evaluation.learn = SimpleNamespace(epochs_completed=lambda: 1, epoch=0, n_epoch=1, model=nn.Module())
+    evaluation.model.encoder = None
+    dist.barrier()
+    evaluation.after_epoch()
+    torch.save(dict(flag=any_rank(rank == 0), accuracies=evaluation.accuracies), f'{folder}/rank{rank}.pt')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_an_evaluation_may_take_longer_than_a_collective_waits(tmp_path):
+    first, second = launch(slow_evaluation, 2, tmp_path)
+    assert first['flag'] and second['flag'] and first['accuracies'] == {1: 50.} and second['accuracies'] == {}
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -391,7 +437,7 @@ def test_whatever_rows_one_process_has_all_of_them_refuse_at_once(ranks):
     expected = dict(empty=f'rank {last}: 0x4', odd=f'rank {last}: 7x4', all_odd='rank 0: 7x4',
                     flat=f'rank {last}: 1 dimension', scalar=f'rank {last}: 0 dimensions',
                     dtype=f'rank {last}: 8x4 float64', half=f'rank {last}: 8x4 bfloat16',
-                    integer='rank 0: 8x4 of another type')
+                    integer='rank 0: 8x4 of another type', narrow='rank 0: 8x0')
     for t in ranks:
         assert t['refused'].keys() == expected.keys()
         for k, (message, seconds) in t['refused'].items():
