@@ -104,7 +104,7 @@ def checked(
     if not choices and type(value) not in types: raise ValueError(f'{name} takes {types[0].__name__}, got {value!r}')
     for mark in marks:
         if isinstance(mark, str) and not within(value, mark):
-            raise ValueError(f'{name} must be {mark}, got {value!r}')
+            raise ValueError(f'{name} must be {mark}, got {value!r:.30}')
     return value
 
 def _as_float(name, value): # YAML reads 1e-3 as text
