@@ -317,7 +317,9 @@ class Precision(MixedPrecision):
         device, mode = self.dls.device.type, self.amp_mode.value
         if mode == 'fp16' and device == 'cpu':
             raise ValueError('float16 is for GPUs: take bf16 (bfloat16) or full precision on a CPU')
-        super().before_fit()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)    # fastai looks for a GPU, here or not
+            super().before_fit()
         dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}[mode]
         self.autocast, self.inside = torch.autocast(device, dtype=dtype), False
     def before_batch(self):

@@ -228,8 +228,9 @@ def _torchvision(name, size):
     if name not in models:
         close = ', '.join(difflib.get_close_matches(name, models, n=5, cutoff=0))
         raise ValueError(f'torchvision has no classification model {name!r}; close to it: {close}')
-    sized = dict(image_size=size) if name.startswith('vit') else {}
-    net = torchvision.models.get_model(name, weights=None, **sized)
+    extra = dict(image_size=size) if name.startswith('vit') else {}
+    if name in ('googlenet', 'inception_v3'): extra = dict(init_weights=True)       # as by default, without a warning
+    net = torchvision.models.get_model(name, weights=None, **extra)
     return _without_classifier(_without_side_outputs(net), name)
 
 def _without_side_outputs(net):
