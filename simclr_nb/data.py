@@ -209,16 +209,16 @@ def _candidates(self:TwoCropDataset, epoch, i):
 @patch
 def _first_readable(self:TwoCropDataset, epoch, i):
     "The first candidate that can be read."
-    tried = {}                                           # index to what went wrong
+    bad, first = set(), None
     for j in self._candidates(epoch, i):
-        if tried and self.unreadable[j]: continue
-        try: found = self.views(epoch, j)
-        except BadImage as e: self.unreadable[j], tried[j] = True, e
-        else:
-            self.unreadable[j] = False                   # perhaps it could not be read before
-            return j, *found
-    raise BadImage(f'none of {len(tried)} files can be read, of {len(self)} in the set: '
-                   f'{listing(self.images.files[j] for j in tried)}. The first: {next(iter(tried.values()))}')
+        known = bool(bad and self.unreadable[j])         # image i itself is read anew: it may be there again
+        try: found = None if known else self.views(epoch, j)
+        except BadImage as e: found, first = None, first or e
+        self.unreadable[j] = found is None
+        if found is not None: return j, *found
+        bad.add(j)
+    raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
+                   f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
 
 @patch
 def views(self:TwoCropDataset, epoch, i):

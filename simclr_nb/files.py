@@ -57,7 +57,7 @@ def _quiet(im):
             with _stderr_into(file): yield
         except Exception as e:
             said = _messages(file)
-            raise OSError(f'{e}; {len(said)} messages of its decoder, the first: {said[0]}' if said else e) from e
+            raise OSError(f'{e}; lines from its decoder: {len(said)}, the first: {said[0]}' if said else e) from e
 
 # %% ../nbs/06a_files.ipynb #913658c6
 def memory_limit()->float|None: # bytes; None: no limit
@@ -152,9 +152,10 @@ def decode_crops(
     "Decode an image once, no larger than needed, and cut the boxes out of it."
     with reading(im.filename):
         rgb, k = _reduced(im, boxes, size)
+        if rgb is not im: im.close()
         if k == 1 and max(rgb.size) > 64:
             x = pixels(rgb)
-            for done in (rgb, im): done.close()          # frees their pixels
+            rgb.close()
             return _stack([crop_resize(x, box, size).permute(1, 2, 0) for box in boxes])
         return _stack([np.asarray(rgb.resize((size, size), Image.BICUBIC, box=[v/k for v in box])) for box in boxes])
 

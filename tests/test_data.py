@@ -173,7 +173,7 @@ def test_messages_of_the_decoder_go_into_the_error(tmp_path, capfd):
     middle = slice(len(whole)//4, len(whole)//2)
     whole[middle] = bytes(255 - b for b in whole[middle])
     (tmp_path/'scan.tif').write_bytes(whole)
-    with pytest.raises(BadImage, match='messages of its decoder, the first') as error: open_image(tmp_path/'scan.tif')
+    with pytest.raises(BadImage, match='lines from its decoder: 1, the first') as error: open_image(tmp_path/'scan.tif')
     assert len(str(error.value)) < 1000 and capfd.readouterr().err == ''
 
 
@@ -199,27 +199,29 @@ def test_a_large_jpeg_counts_at_its_reduced_size(tmp_path, monkeypatch):
 
 
 peak = '''
-import resource, sys
-from simclr_nb.augmentations import NoCrop, Augmentation
+import re, sys
+from pathlib import Path
+from simclr_nb.augmentations import Augmentation, NoCrop
 from simclr_nb.data import ImageSet, TwoCropDataset
+def kilobytes(key): return int(re.search(key + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
 dataset = TwoCropDataset(ImageSet(sys.argv[1:]), Augmentation(64, NoCrop()))
 dataset.views(0, 0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path('/proc/self/clear_refs').write_text('5')            # the peak is counted from here
+before = kilobytes('VmRSS')
 dataset.views(0, 1)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024)
+print(1024*(kilobytes('VmHWM') - before))
 '''
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ru_maxrss is in kilobytes on Linux')
-@pytest.mark.parametrize('mode, most', [('RGB', 8), ('RGBA', 10), ('I;16', 9)])
-def test_a_picture_is_in_memory_twice_at_most(tmp_path, mode, most):
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory is read from /proc')
+@pytest.mark.parametrize('mode, most', [('RGB', 8), ('RGBA', 10.5), ('I;16', 10)])
+def test_a_large_picture_is_not_copied_many_times(tmp_path, mode, most):
     "Peak memory in bytes a pixel, of a picture that is cut whole, twice."
-    side = 3000
-    small, large = save(tmp_path/'small.png'), tmp_path/'large.png'
-    Image.new(mode, (side, side)).save(large, compress_level=1)
-    command = [sys.executable, '-c', peak, str(small), str(large)]
+    side = 4000
+    Image.new(mode, (side, side)).save(tmp_path/'large.png', compress_level=1)
+    command = [sys.executable, '-c', peak, str(save(tmp_path/'small.png')), str(tmp_path/'large.png')]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout)*2**20/side**2 < most + 2, f'{float(done.stdout)*2**20/side**2:.1f} bytes a pixel'
+    assert int(done.stdout)/side**2 < most, f'{int(done.stdout)/side**2:.1f} bytes a pixel'
 
 
 # Names
@@ -377,8 +379,8 @@ def text_files(folder, n):
 def test_a_folder_where_nothing_can_be_read_is_given_up_soon(tmp_path):
     dataset = TwoCropDataset(ImageSet(text_files(tmp_path, 2000)), augment)
     reads = count_reads(dataset)
-    with pytest.raises(BadImage, match=r'of 2000 in the set: .*\.png, .*and \d+ more\. The first: cannot read .*0007'):
-        dataset[0, 7]
+    said = r'of 2000 in the set, can be read: .*\.png, .*and \d+ more\. The first: cannot read .*0007'
+    with pytest.raises(BadImage, match=said): dataset[0, 7]
     assert len(reads) <= 257
 
 def test_unreadable_files_do_not_all_give_way_to_one_image(tmp_path):
