@@ -35,7 +35,7 @@ def atomic_write(
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        e.filename = e.filename or str(path)                 # a full disk does not say which file
+        if e.errno and not e.filename: e.filename = str(path)      # a full disk does not say which file
         raise
     finally: part.unlink(missing_ok=True)
     _sync_folder(path.parent)
