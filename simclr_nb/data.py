@@ -85,6 +85,7 @@ def stratified_split(
     seed:int=0, # the same seed gives the same split
 )->tuple: # (train, test)
     "Split a set in two by a fixed seed, with every class in proportion; with several labels per image, by chance."
+    if not 0 < fraction < 1: raise ValueError(f'the fraction to hold out lies between 0 and 1, got {fraction}')
     from sklearn.model_selection import train_test_split   # workers that decode do without it
     one_label = images.labels is not None and images.labels.ndim == 1
     if one_label and (few := np.unique(images.labels, return_counts=True)[1].min()) < 2:

@@ -166,7 +166,7 @@ def _spread(values:list)->dict:
     return dict(mean=float(np.mean(values)), sd=sd, values=[float(v) for v in values])
 
 # %% ../nbs/14a_report.ipynb #1cc17781
-# (set, network, protocol, fraction of the labels): tables 6 and 7, appendix B.9; ImageNet: 1,000 epochs, linear on h
+# (set, network, protocol, fraction of the labels): tables 6 and B.4, appendix B.9; ImageNet: 1,000 epochs, linear on h
 paper_top1 = {
     ('ImageNet', 'resnet50', 'linear', 1.): 69.3,
     ('ImageNet', 'resnet50', 'finetune', .01): 48.3,
