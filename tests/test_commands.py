@@ -303,11 +303,15 @@ def test_a_signal_to_the_whole_group_saves_and_leaves(images, tmp_path, number):
     "As `timeout`, SLURM and Ctrl-C send it: to the processes that decode, too."
     out = tmp_path/'run'
     options = [*settings, '--epochs', 2000, '--save-every', 100_000, '--num-workers', 2]
-    run = command('pretrain', images, '--out', out, *options, start_new_session=True)
+    def as_at_a_terminal(): signal.signal(number, signal.SIG_DFL)         # a shell ignores SIGINT in background jobs
+    run = command('pretrain', images, '--out', out, *options, start_new_session=True, preexec_fn=as_at_a_terminal)
     history = out/'history.csv'
-    while run.poll() is None and not (history.exists() and history.read_text().count('\n') > 3): time.sleep(.05)
-    os.killpg(run.pid, number)
-    said, errors = (text.decode() for text in run.communicate(timeout=60))
+    try:
+        while run.poll() is None and not (history.exists() and history.read_text().count('\n') > 3): time.sleep(.05)
+        os.killpg(run.pid, number)
+        said, errors = (text.decode() for text in run.communicate(timeout=60))
+    finally:
+        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 128 + number, errors
     assert 'stopped as asked, after step' in said and 'the same command goes on' in said and errors == ''
     assert list((out/'checkpoints').glob('step-*.pt')) and not (out/'.lock').exists()
