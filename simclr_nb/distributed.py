@@ -7,7 +7,7 @@ __all__ = ['gather_rows', 'GlobalBatchNorm1d', 'GlobalBatchNorm2d', 'global_batc
            'gather_detached', 'others_wait', 'launched_processes', 'process_group']
 
 # %% ../nbs/07_distributed.ipynb #1099e1bb
-import os
+import gc, os
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -245,4 +245,6 @@ def process_group():
     if joining: _join()
     try: yield
     finally:
-        if joining: dist.destroy_process_group()
+        if joining:
+            gc.collect()                                     # what holds the group, as DDP's cycles do, must not outlive it
+            dist.destroy_process_group()
