@@ -246,5 +246,5 @@ def process_group():
     try: yield
     finally:
         if joining:
-            gc.collect()                                     # what holds the group, as DDP's cycles do, must not outlive it
+            gc.collect()             # what holds the group, as DDP's cycles do, must not outlive it
             dist.destroy_process_group()
