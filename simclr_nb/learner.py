@@ -240,7 +240,8 @@ def pretrain(self:SimCLRLearner,
                          '(0.001 is a start for Adam)')
     self.set_batch_size(batch_size)
     plan = schedule_plan(self.images_per_epoch(), self.batch_size, epochs, lr, lr_scaling, warmup_epochs)
-    schedule = StepSchedule(self.steps_in(epochs), plan.warmup, plan.lr)
+    steps = self.steps_in(epochs)                         # a second run may have one less than the plan
+    schedule = StepSchedule(steps, min(plan.warmup, steps), plan.lr)
     self.fit(epochs, lr=plan.lr, cbs=[schedule, *L(cbs)])
 
 @patch
