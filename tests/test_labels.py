@@ -2,27 +2,14 @@
 import math, os
 
 import numpy as np, pytest, torch
-from PIL import Image
 from torch import nn
 
-from simclr_nb.data import ImageSet, folder_images
+from hues import pictures
+from simclr_nb.data import ImageSet
 from simclr_nb.encoder import build_encoder
 from simclr_nb.labels import finetune, label_fraction_scores, label_indices, set_bn_momentum
 from simclr_nb.linear import (check_labels, classification_report, classifier_learner, fit_cosine, linear_evaluation,
                               permutation_test, score)
-
-HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
-
-
-def pictures(folder, n):
-    "n noisy squares of each hue, in a folder for each."
-    rng = np.random.default_rng(0)
-    for name, hue in HUES.items():
-        (folder/name).mkdir(parents=True)
-        for i in range(n):
-            x = (.6*np.array(hue) + rng.normal(40, 40, (32, 32, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(x).save(folder/name/f'{i}.jpg')
-    return folder_images(folder)
 
 
 def test_finetuning_takes_a_grid_and_skips_what_diverges(tmp_path):

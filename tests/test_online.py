@@ -2,27 +2,17 @@
 import datetime, os, random, socket
 from pathlib import Path
 
-import numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
-from PIL import Image
+import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.callbacks import OnlineEval, OnlineProbe
 from simclr_nb.data import ImageSet
 from simclr_nb.features import knn_evaluator
 from simclr_nb.learner import simclr_learner
 
-HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())
-
-
-def pictures(folder, n):
-    rng = np.random.default_rng(0)
-    for name, hue in HUES.items():
-        (folder/name).mkdir(parents=True)
-        for i in range(n):
-            x = (.6*np.array(hue) + rng.normal(40, 40, (32, 32, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(x).save(folder/name/f'{i}.png')
 
 
 def pretrained(folder, watch, rank=0, world=1):
@@ -52,7 +42,7 @@ def one_process(rank, world, folder, port):
 
 def test_watchers_in_two_processes(tmp_path):
     "Under DistributedDataParallel training is untouched, and only the first process looks for neighbors."
-    pictures(tmp_path, 8)
+    pictures(tmp_path, 8, 'png')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
