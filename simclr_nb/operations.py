@@ -211,9 +211,18 @@ def apply_cv(
     x = torch.from_numpy(np.ascontiguousarray(im)).permute(2, 0, 1)[None]
     return transform.apply(x, torch.tensor([params])).clamp(0, 1)[0].permute(1, 2, 0).numpy()
 
+# %% ../nbs/01a_operations.ipynb #a26b3d82
+def _at_most_1(im): return cv2.threshold(im, 1, 1, cv2.THRESH_TRUNC, dst=im)[1]
+
+def _at_least_0(im): return cv2.threshold(im, 0, 1, cv2.THRESH_TOZERO, dst=im)[1]
+
 # %% ../nbs/01a_operations.ipynb #cefb0f04
 @apply_cv.register
 def _flip_cv(transform:RandomFlip, im, params): return cv2.flip(im, 1)
+
+@apply_cv.register
+def _turn_cv(transform:RandomQuarterTurn, im, params):
+    return np.ascontiguousarray(np.rot90(im, int(params[0])))
 
 @apply_cv.register
 def _grayscale_cv(transform:RandomGrayscale, im, params): return cv2.transform(im, np.array([luma, luma, luma]))
@@ -221,40 +230,58 @@ def _grayscale_cv(transform:RandomGrayscale, im, params): return cv2.transform(i
 @apply_cv.register
 def _blur_cv(transform:RandomBlur, im, params):
     sigma = params[0]
-    r = min(transform.kernel_size//2, math.ceil(6*sigma))    # beyond 6 σ a weight is below float32's precision
+    r = min(transform.kernel_size//2, math.ceil(5*sigma))    # all that lies beyond 5 σ adds up to less than 1e-6
     d = np.arange(-r, r + 1)
     w = np.exp(-d*d/(2*sigma**2))
-    return cv2.sepFilter2D(im, -1, w/w.sum(), w/w.sum(), borderType=cv2.BORDER_CONSTANT).clip(0, 1)
+    return _at_most_1(cv2.sepFilter2D(im, -1, w/w.sum(), w/w.sum(), borderType=cv2.BORDER_CONSTANT))
 
 # %% ../nbs/01a_operations.ipynb #85ca0465
-def _add_brightness(im, delta): return (im + np.float32(delta)).clip(0, 1)
+def _add_brightness(im, delta):
+    im = im + np.float32(delta)
+    return _at_most_1(im) if delta > 0 else _at_least_0(im)
 
-def _scale_brightness(im, delta): return (im * np.float32(1 + delta)).clip(0, 1)
+def _scale_brightness(im, delta): return _at_most_1(im*np.float32(1 + delta))
+
+def _mix(im, f, matrix):
+    "The channels of each pixel through a 3 × 3 or 3 × 4 matrix; with f up to 1 the result is a mean."
+    im = _at_most_1(cv2.transform(im, matrix))
+    return _at_least_0(im) if f > 1 else im
 
 def _contrast(im, f):
     r, g, b, _ = ((1 - f)*mean for mean in cv2.mean(im))
-    return cv2.transform(im, np.array([[f, 0, 0, r], [0, f, 0, g], [0, 0, f, b]])).clip(0, 1)
+    return _mix(im, f, np.array([[f, 0, 0, r], [0, f, 0, g], [0, 0, f, b]]))
 
-def _saturation(im, f):
-    hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)
-    np.minimum(hsv[...,1]*np.float32(f), 1, out=hsv[...,1])
+def _gray_contrast(im, f):
+    mean = np.dot(luma, cv2.mean(im)[:3])
+    im = _at_most_1(cv2.addWeighted(im, f, im, 0, (1 - f)*mean))
+    return _at_least_0(im) if f > 1 else im
+
+def _gray_saturation(im, f): return _mix(im, f, f*np.eye(3) + (1 - f)*np.array([luma]*3))
+
+# %% ../nbs/01a_operations.ipynb #bd6cc550
+def _through_hsv(im, f, shift):
+    "Saturation times f, at most 1; hue turned by `shift`."
+    hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)            # hue in degrees
+    hsv = cv2.transform(hsv, np.array([[1, 0, 0, 360*(shift % 1)], [0, f, 0, 0], [0, 0, 1, 0]]))
+    if f > 1: np.minimum(hsv[...,1], 1, out=hsv[...,1])
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
-def _hue(im, shift):
-    hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)            # hue in degrees
-    return cv2.cvtColor(cv2.add(hsv, (360*(shift % 1), 0, 0, 0)), cv2.COLOR_HSV2RGB)
-
 # %% ../nbs/01a_operations.ipynb #2d6f4001
-_colors_cv = {
-    'simclrv1': (_add_brightness, _contrast, _saturation, _hue),
-    'simclrv2': (_scale_brightness, _contrast, _saturation, _hue)}
+_colors_cv = {                                           # brightness, contrast, saturation; None: by way of HSV
+    'simclrv1': (_add_brightness, _contrast, None),
+    'simclrv2': (_scale_brightness, _contrast, None),
+    'torchvision': (_scale_brightness, _gray_contrast, _gray_saturation)}
 
 @apply_cv.register
 def _color_cv(transform:ColorDistortion, im, params):
-    ops = _colors_cv.get(transform.implementation)
-    if ops is None: return apply_cv.dispatch(RandomTransform)(transform, im, params)
-    for i in map(int, params[4:]):
-        if transform.max_change[i]: im = ops[i](im, params[i])
+    ops = *_colors_cv[transform.implementation], None
+    order = [i for i in map(int, params[4:]) if transform.max_change[i]]
+    while order:
+        i = order.pop(0)
+        if ops[i]: im = ops[i](im, params[i])
+        else:
+            both = [i, order.pop(0)] if order and not ops[order[0]] else [i]
+            im = _through_hsv(im, params[2] if 2 in both else 1, params[3] if 3 in both else 0)
     return im
 
 # %% ../nbs/01a_operations.ipynb #547f8b73
