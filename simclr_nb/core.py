@@ -217,6 +217,15 @@ def pixels(
     for top, strip in _strips(im): x[top:top + strip.height] = np.asarray(strip)
     return torch.from_numpy(x).permute(2, 0, 1)
 
+# %% ../nbs/00a_core.ipynb #148886c8
+def send(
+    x:Tensor,
+    device,
+)->Tensor:
+    "A tensor on its way to a device; nobody waits until it has arrived."
+    if x.device.type != 'cpu' or torch.device(device).type == 'cpu': return x.to(device)
+    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
+
 # %% ../nbs/00a_core.ipynb #005a2a07
 @contextmanager
 def eval_mode(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RandomQuarterTurn', 'RandomCutout', 'RandomNoise', 'RandomSobel', 'RandomSolarize', 'RandomEqualize',
-           'RandomMotionBlur', 'AutoAugment', 'broader_augmentations', 'solar_augmentations', 'apply_cv', 'apply_cpu']
+           'RandomMotionBlur', 'AutoAugment', 'broader_augmentations', 'solar_augmentations', 'apply_cv', 'apply_cpu',
+           'apply_compiled']
 
 # %% ../nbs/01a_operations.ipynb #bdc0596d
 import math
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
@@ -64,7 +65,8 @@ def sobel(
     x:Tensor, # (B, 3, H, W) in [0, 1]
 )->Tensor: # (B, 3, H, W) in [0, 1], three equal channels
     "Length of the luma's gradient, scaled to at most 1; edges of the image repeat."
-    g = torch.tensor([[1., 2, 1], [0, 0, 0], [-1, -2, -1]], device=x.device, dtype=x.dtype)/4
+    i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
+    g = torch.outer(-i, 2 - i.abs())/4                   # rows 1 2 1, 0 0 0, -1 -2 -1
     gray = F.pad(to_grayscale(x)[:,:1], (1, 1, 1, 1), mode='replicate')
     edges = F.conv2d(gray, torch.stack([g, g.T])[:,None])
     return (torch.linalg.vector_norm(edges, dim=1, keepdim=True)/math.sqrt(2)).expand_as(x)
@@ -308,3 +310,16 @@ def apply_cpu(
     for to, im, row in zip(out, x.permute(0, 2, 3, 1).numpy(), params.tolist()):
         to[...] = _apply_one(augment, im, row)
     return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+# %% ../nbs/01a_operations.ipynb #0fcacd0e
+@lru_cache(maxsize=8)
+def _compiled(augment): return torch.compile(augment.apply, fullgraph=True)
+
+def apply_compiled(
+    augment:Augmentation,
+    x:Tensor, # (B, 3, size, size), already cropped: float in [0, 1], or uint8
+    params:Tensor, # (B, P), as drawn
+)->Tensor: # (B, 3, size, size), float in [0, 1]
+    "What `augment.apply` does, compiled to one graph when the first batch comes."
+    augment.check_params(x, params)
+    return _compiled(augment)(x, params)
