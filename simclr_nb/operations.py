@@ -196,11 +196,13 @@ def broader_augmentations(
 # %% ../nbs/01a_operations.ipynb #b0d3a043
 def solar_augmentations(
     size:int, # side of the views, pixels
+    implementation:str='simclrv1', # of brightness and contrast: see `ColorDistortion`
     **kwargs, # `n_views`, `one_branch`: see `Augmentation`
 )->Augmentation:
     "For gray pictures without an up: crop, flip, quarter turns, brightness and contrast, little blur."
-    return Augmentation(size, RandomResizedCrop((.3, 1.)), RandomFlip(), RandomQuarterTurn(),
-        ColorDistortion(.3, .5, 0, 0), RandomBlur(5, (.1, 1.), p=.3), **kwargs)
+    color = ColorDistortion(.3, .5, 0, 0, implementation=implementation)
+    return Augmentation(size, RandomResizedCrop((.3, 1.)), RandomFlip(), RandomQuarterTurn(), color,
+        RandomBlur(5, (.1, 1.), p=.3), **kwargs)
 
 # %% ../nbs/01a_operations.ipynb #764c0de5
 @singledispatch
