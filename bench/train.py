@@ -1,12 +1,12 @@
 """The race: the same SimCLR trained by this library and by other libraries' parts, from files to an encoder.
 
     python bench/train.py --data cifar10 --images 10000 --lengths 4,8 --seeds 5
-    python bench/train.py --data DIR --size 224 --batch-size 64 --images 1600 --lengths 1 --contestants torchvision,lightly
+    python bench/train.py --data DIR --size 224 --batch-size 64 --images 1600 --contestants torchvision,lightly
 
 The same images, network, weights at the start, batch, optimizer (Adam, constant rate), temperature and epochs for all.
-Contestants: ours with each definition of the colors (`simclrv1`, `simclrv2`, `torchvision`); `lightly`, its transform and
-loss in a plain loop, with workers that stay between epochs; `stable` likewise with stable-pretraining's; `bare`, the
-network with its loss and optimizer on views that are there already.
+Contestants: ours with each definition of the colors (`simclrv1`, `simclrv2`, `torchvision`); `lightly`, its transform
+and loss in a plain loop, with workers that stay between epochs; `stable` likewise with stable-pretraining's; `bare`,
+the network with its loss and optimizer on views that are there already.
 Each run is a process of its own, and all read the same files. Contestants take turns, seed by seed. A finished run is a
 line of `--out`; what is there already is not run again. The judge is scikit-learn's nearest neighbors (cosine, k = 20)
 on features of images as Pillow and torchvision read them. It asks about test images, for results, and about training
@@ -69,13 +69,13 @@ def train_ours(args, images, encoder, head, looks):
         def after_epoch(self): looks(self.epoch + 1, time.perf_counter() - self.began)
     class Parts(Callback):
         "Seconds in which the step waits for crops, makes views, does the rest."
-        order, parts = -100, dict(wait=0., views=0., rest=0.)
+        order = -100
+        def before_fit(self): self.parts = dict(wait=0., views=0., rest=0.)
         def before_epoch(self): self.mark = time.perf_counter()
         def add(self, part):
             now = time.perf_counter()
             self.parts[part], self.mark = self.parts[part] + now - self.mark, now
         def before_batch(self): self.add('wait')
-        def before_step(self): pass
         def after_batch(self): self.add('rest')
     class ViewsMade(Callback):
         order = 100
@@ -247,7 +247,8 @@ class PeakMemory(threading.Thread):
 
 def in_own_process(args, name, seed):
     given = [(f'--{k.replace("_", "-")}', getattr(args, k)) for k in settings]
-    given = [v for k, v in given if v is not None for v in (k, ','.join(map(str, v)) if isinstance(v, list) else str(v))]
+    def text(v): return ','.join(map(str, v)) if isinstance(v, list) else str(v)
+    given = [word for name, v in given if v is not None for word in (name, text(v))]
     command = [sys.executable, __file__, *given, '--only', name, '--seed', str(seed)]
     env = os.environ | dict(OMP_NUM_THREADS=str(args.threads), PYTHONWARNINGS='ignore')
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
