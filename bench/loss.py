@@ -102,7 +102,7 @@ def free_memory(torch, device):
 
 def product_rate(torch, dtype, device):
     "FLOP/s of one large matrix product, the best of some."
-    n, times = 8192 if device.startswith('cuda') else 1024, []
+    n, times = 8192 if device.startswith('cuda') else 1024 if dtype == 'float32' else 512, []
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=g).to(device, getattr(torch, dtype)) for _ in range(2))
     while len(times) < 3 or (len(times) < 10 and sum(times) < 1):
@@ -169,12 +169,18 @@ def in_own_process(name, ns, kinds, a):
                     device=a.device) | (dict(reps=a.reps) if a.reps else {})
     command = [sys.executable, __file__, *(str(word) for k, v in settings.items() for word in (f'--{k}', v))]
     env = os.environ | dict(OMP_NUM_THREADS=str(a.threads))
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"n"')]
-    wrong = done.stderr.strip().splitlines()[-1:] or [f'exit code {done.returncode}']
-    return {(line['dtype'], line['n']): line for line in lines}, wrong[0] if done.returncode else None
+    left = a.end - time.monotonic()
+    if left <= 0: return {}, out_of_time
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=left)
+        said, wrong = done.stdout, done.stderr.strip().splitlines()[-1:] or [f'exit code {done.returncode}']
+        if not done.returncode: wrong = [None]
+    except subprocess.TimeoutExpired as e: said, wrong = (e.stdout or b'').decode(), [out_of_time]
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"n"') and line.endswith('}')]
+    return {(line['dtype'], line['n']): line for line in lines}, wrong[0]
 
 
+out_of_time = 'out of time'
 def listed(values): return ','.join(map(str, values))
 
 
@@ -228,7 +234,7 @@ def ratios(runs, other):
 def report_of(found, kind, n, a):
     "What is known of one size."
     runs, rate = at_size(found, (kind, n)), None
-    if 'peak' in found: rate = max(one['flops'] for one in found['peak'][kind, a.n[0]])
+    if ('peak' in found) and (kind, a.n[0]) in found['peak']: rate = max(one['flops'] for one in found['peak'][kind, a.n[0]])
     for name, run in runs.items():
         if not rate or 'ms' not in run or name == 'metrics': continue
         needed = 2*2*(2*n)**2*a.dim                      # similarities, and weights times rows
@@ -258,6 +264,7 @@ def main():
     ask.add_argument('--device', default='cpu', help='cpu or cuda')
     ask.add_argument('--rounds', type=int, default=3, help='processes for each contestant, in turns')
     ask.add_argument('--reps', type=int, help='timed steps in each process; default: fewer for large n')
+    ask.add_argument('--seconds', type=float, default=1e6, help='what is not measured by then is left out')
     ask.add_argument('--contestants', type=words, help='only these, with commas')
     ask.add_argument('--together', action='store_true', help='all sizes in one process, on a CPU too: the memory of '
                      'all but the first is then too low')
@@ -267,9 +274,10 @@ def main():
     if a.rows and any(rows % 2 or rows < 4 for rows in a.rows): ask.error('rows come in pairs: even numbers from 4 on')
     if a.rows: a.n = [rows//2 for rows in a.rows]
     if a.only: return measure_all(a.only, a)
-    names = a.contestants or ['ours', 'lightly', 'plain', 'compiled', 'pml', 'metrics', 'floor']
+    a.end = time.monotonic() + a.seconds
+    names = a.contestants or ['ours', 'floor', 'plain', 'metrics', 'lightly', 'pml', 'compiled']
     if unknown := set(names) - set(contestants): ask.error(f'there is no contestant {unknown.pop()}')
-    names = ['ours', *(name for name in names if name != 'ours'), 'peak']
+    names = ['ours', 'peak', *(name for name in names if name != 'ours')]
     left_out = {name: why for name in names if (why := missing(name, a.device))}
     found, failed = compare([name for name in names if name not in left_out and name != 'pml'], a)
     if 'ours' not in found: sys.exit(f'ours failed: {failed.get("ours")}')
@@ -282,6 +290,8 @@ def main():
         failed |= wrong
         result['at_the_size_of_pml'] = at_size(small, ('fp32', few.n[0]))
         result |= ratios(result['at_the_size_of_pml'], 'pml')
+    left_out |= {name: why for name, why in failed.items() if why == out_of_time}
+    failed = {name: why for name, why in failed.items() if why != out_of_time}
     print(json.dumps(result | dict(left_out=left_out, failed=failed), indent=1))
     if failed: sys.exit(f'failed: {", ".join(failed)}')
 

@@ -8,15 +8,16 @@ A variant is one way to take the step, its words joined by +: fp32 or bf16 (auto
 PyTorch's, in a group of one process: what they cost before anything travels). Prints JSON.
 """
 import argparse, json, statistics, sys, tempfile, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 warnings.simplefilter('ignore')
 
 import numpy as np, torch, torch.distributed as dist
-from loss import missing, reset_peak
+from loss import missing
 from simclr_nb.augmentations import make_views
 from simclr_nb.data import augmentations_for
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
+from simclr_nb.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.operations import apply_cpu
 from simclr_nb.projection import SimCLR, projection_head
@@ -125,9 +126,10 @@ def measure(variant, a, n):
     def finish():
         if cuda: torch.cuda.synchronize()
     if cuda: torch.cuda.reset_peak_memory_stats()
-    before, peak = (0, torch.cuda.max_memory_allocated) if cuda else reset_peak()
-    step, data = trainer(variant, a, n)
-    losses = [step(data[i % len(data)], Marks(cuda)) for i in range(a.warmup)]
+    counted = not cuda and 'compile' not in variant                  # on a CPU all tensors alive, in a step not timed
+    with AllocationTracker() if counted else nullcontext() as tracker:
+        step, data = trainer(variant, a, n)
+        losses = [step(data[i % len(data)], Marks(cuda)) for i in range(a.warmup)]
     finish()
     all_marks, began = [], time.perf_counter()
     for i in range(a.steps):
@@ -138,9 +140,9 @@ def measure(variant, a, n):
     loss, took = losses[-1].item(), [marks.between() for marks in all_marks]
     assert np.isfinite(loss), f'the loss of {variant} is {loss}'
     ms = {part: statistics.mean(t[part] for t in took) for part in parts}
-    total = sum(ms.values())
+    total, memory = sum(ms.values()), tracker.peak if counted else torch.cuda.max_memory_allocated() if cuda else None
     return dict(variant=variant, images=n, images_per_second=round(n/seconds, 1), ms=round(1e3*seconds, 2),
-                memory_mb=round((peak() - before)/1e6, 1), loss=round(loss, 4),
+                memory_mb=memory and round(memory/1e6, 1), loss=round(loss, 4),
                 parts_ms={k: round(v, 3) for k, v in ms.items()},
                 shares={k: round(v/total, 4) for k, v in ms.items()},
                 between_steps=round(max(0., 1 - total/(1e3*seconds)), 4))
