@@ -27,7 +27,6 @@ def python(*words): return [sys.executable, *map(str, words)]
 
 def tests_for_gpus():
     "Test files that have tests for a GPU."
-    here = Path(__file__).name
     return [f for f in sorted((root/'tests').glob('test_*.py')) if 'needs_gpu' in f.read_text(encoding='utf-8')]
 
 def cells_for_gpus():

@@ -9,9 +9,9 @@ import numpy as np, torch
 from PIL import Image
 
 
-def pictures(folder, n, size=32, classes=2):
+def pictures(folder, n, size=32, classes=2, seed=0):
     "Small JPEG files in one folder for each class: a color of the class, a gradient, noise."
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i in range(n):
         base = 60 + 120*np.eye(3)[i % classes % 3] + np.linspace(-40, 40, size)[:, None, None]
         im = (base + rng.normal(0, 20, (size, size, 3))).clip(0, 255).astype(np.uint8)
