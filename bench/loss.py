@@ -233,15 +233,15 @@ def ratios(runs, other):
 
 def report_of(found, kind, n, a):
     "What is known of one size."
-    runs, rate = at_size(found, (kind, n)), None
-    if ('peak' in found) and (kind, a.n[0]) in found['peak']: rate = max(one['flops'] for one in found['peak'][kind, a.n[0]])
+    runs = at_size(found, (kind, n))
+    rate = max((one['flops'] for one in found.get('peak', {}).get((kind, a.n[0]), [])), default=None)
     for name, run in runs.items():
         if not rate or 'ms' not in run or name == 'metrics': continue
         needed = 2*2*(2*n)**2*a.dim                      # similarities, and weights times rows
         run['share_of_peak'] = round(needed/(run['ms']/1e3)/rate, 4)
     report = dict(n=n, rows=2*n, dim=a.dim, tau=a.tau, dtype=kind, device=a.device, threads=a.threads,
                   torch=next(iter(found['ours'].values()))[0].get('torch'), rounds=a.rounds,
-                  reps=a.reps or default_reps(n), peak_tflops=rate and round(rate/1e12, 3), runs=runs)
+                  reps=a.reps or default_reps(n), peak_tflops=rate and round(rate/1e12, 6), runs=runs)
     for other in ('lightly', 'plain', 'compiled', 'metrics'): report |= ratios(runs, other)
     if 'ms' in runs.get('floor', {}): report['time_over_floor'] = round(runs['ours']['ms']/runs['floor']['ms'], 2)
     return report

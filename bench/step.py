@@ -7,8 +7,9 @@ A variant is one way to take the step, its words joined by +: fp32 or bf16 (auto
 (instead of channels_last), compile (of the encoder), global or sync (the library's batch norm over all processes, or
 PyTorch's, in a group of one process: what they cost before anything travels). Prints JSON.
 """
-import argparse, json, statistics, sys, tempfile, time, warnings
+import argparse, gc, json, signal, statistics, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 warnings.simplefilter('ignore')
 
 import numpy as np, torch, torch.distributed as dist
@@ -42,12 +43,13 @@ class Marks:
         return dict(zip(self.names[1:], ms))
 
 
-def batches(augment, n, cuda, several=2):
+@lru_cache(maxsize=1)
+def batches(size, n, cuda, several=2):
     "Batches of crops and parameters, as a loader gives them; noise, since no transform depends on what it sees."
-    g, made = torch.Generator().manual_seed(0), []
+    g, made, augment = torch.Generator().manual_seed(0), [], augmentations_for(None, size)
     for k in range(several):
-        drawn = [augment.draw_views((0, k, i), augment.size, augment.size)[1] for i in range(n)]
-        crops = torch.randint(0, 256, (n, 2, 3, augment.size, augment.size), dtype=torch.uint8, generator=g)
+        drawn = [augment.draw_views((0, k, i), size, size)[1] for i in range(n)]
+        crops = torch.randint(0, 256, (n, 2, 3, size, size), dtype=torch.uint8, generator=g)
         batch = crops, torch.from_numpy(np.stack(drawn))
         made.append([t.pin_memory() for t in batch] if cuda else batch)
     return made
@@ -71,7 +73,8 @@ class OursAlone(nn.BatchNorm2d):
     "The library's batch norm over all processes, in a group of one."
     def forward(self, x):
         from simclr_nb.distributed import _batch_norm
-        return _batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
+        return _batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum,
+                           self.eps)
 
 
 class TorchsAlone(nn.BatchNorm2d):
@@ -117,7 +120,7 @@ def trainer(variant, a, n):
         opt.zero_grad()
         marks('lars')
         return loss.detach()
-    return step, batches(augment, n, cuda)
+    return step, batches(a.size, n, cuda)
 
 
 def measure(variant, a, n):
@@ -151,12 +154,23 @@ def measure(variant, a, n):
 def measure_what_fits(variant, a):
     "The batch is halved until it fits the GPU's memory."
     n = a.batch_size
-    while True:
+    while n > 1:
         try: return measure(variant, a, n)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            n //= 2
-            if n < 2: return dict(variant=variant, left_out='out of memory')
+        except torch.cuda.OutOfMemoryError: n //= 2
+        free()                                  # only here has the error let go of the tensors
+    return dict(variant=variant, left_out='out of memory')
+
+
+def free():
+    "Give back what the last variant held."
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+
+class Stopped(BaseException): "SIGTERM: what was measured is printed."
+
+def stop(*_): raise Stopped
 
 
 def left_out(variant, a):
@@ -182,7 +196,7 @@ def settings():
     a = ask.parse_args()
     gpu = a.device.startswith('cuda')
     usual = dict(arch='resnet50', size=224, batch_size=256, steps=10, warmup=4,
-                 variants='fp32,bf16,fp32+contiguous,bf16+contiguous,bf16+compile,bf16+global,bf16+sync') if gpu else \
+                 variants='fp32,bf16,bf16+global,bf16+sync,fp32+contiguous,bf16+contiguous,bf16+compile') if gpu else \
         dict(arch='resnet18', size=64, batch_size=16, steps=3, warmup=1, variants='fp32,bf16')
     if a.tiny: usual |= dict(arch='resnet18_0.125x', size=32, batch_size=4, steps=2, warmup=1)
     if a.tiny and not gpu: usual['variants'] = 'fp32,bf16,fp32+contiguous,fp32+global,fp32+sync'
@@ -198,6 +212,7 @@ def settings():
 
 def main():
     a = settings()
+    signal.signal(signal.SIGTERM, stop)
     if a.threads: torch.set_num_threads(a.threads)
     gpu, runs, failed = a.device.startswith('cuda'), [], {}
     alone = any(w in ('global', 'sync') for variant in a.variants for w in variant.split('+'))
@@ -208,8 +223,10 @@ def main():
                 continue
             try: runs.append(measure_what_fits(variant, a))
             except Exception as e: failed[variant] = f'{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}'
-            torch._dynamo.reset()
-            if gpu: torch.cuda.empty_cache()
+            except Stopped:
+                failed[variant] = 'out of time'
+                break
+            free()
     card = torch.cuda.get_device_name() if gpu else None
     print(json.dumps(dict(device=a.device, card=card, arch=a.arch, size=a.size, threads=torch.get_num_threads(),
                           torch=torch.__version__, steps=a.steps, runs=runs, failed=failed), indent=1))

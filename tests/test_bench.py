@@ -87,7 +87,8 @@ def test_every_part_is_in_the_results(folder, results):
         assert part['status'] in ('ok', 'left out'), part
         assert 'result' in part or part['reason'], part
         assert f'| {name} | {part["status"]} |' in table
-    assert results['parts']['step']['status'] == results['parts']['loss']['status'] == 'ok'
+    for name in ('step', 'loss', 'optim'): assert results['parts'][name]['status'] == 'ok'
+    assert results['parts']['optim']['result']['ms']['ours'] > 0
     assert results['machine']['torch'] and results['machine']['date'] and results['tiny']
     limits = sum(part['limit'] for part in results['parts'].values())
     assert limits <= parts.SECONDS < 9*60, 'all limits together'
@@ -118,16 +119,16 @@ def test_the_losses_are_measured_at_every_size(results):
             assert run['ms'] > 0 and abs(run['loss'] - math.log(at['rows'] - 1)) < 1
             needed = 2*2*at['rows']**2*at['dim']/1e12
             share = needed/(run['ms']/1e3)/at['peak_tflops']
-            assert run['share_of_peak'] == pytest.approx(share, rel=.6 if at['peak_tflops'] < .01 else .05, abs=.002)
+            assert run['share_of_peak'] == pytest.approx(share, rel=.02, abs=.001)
 
 
 def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path):
-    code, said = ended(script('run.sh', '--tiny', '--only', 'optim,pipeline', '--photos', 'missing', '--out', '.',
+    code, said = ended(script('run.sh', '--tiny', '--only', 'pipeline,cells', '--photos', 'missing', '--out', '.',
                               cwd=tmp_path))
     assert code == 1 and 'failed: pipeline' in said, said
     found = json.loads((tmp_path/'results.json').read_text())['parts']
     assert found['pipeline']['status'] == 'failed' and found['pipeline']['reason'] and found['pipeline']['log']
-    assert found['optim']['status'] == 'ok' and found['optim']['result']['ms']['ours'] > 0
+    assert list(found) == ['pipeline', 'cells'] and found['cells']['status'] != 'failed'
     assert '| pipeline | failed |' in (tmp_path/'results.md').read_text()
 
 
@@ -144,7 +145,8 @@ def test_how_parts_end(tmp_path):
     planned = [part('slow', child, 3), part('wrong', 'print("{}"); raise ValueError("it broke")'),
                part('silent', ''), part('absent', 'import no_such_package'),
                part('ours_absent', 'import simclr_nb.no_such_module'),
-               part('needy', 'print("{}")', needs=('json', 'no_such_package')), part('good', 'print("noise\\n{\\"a\\": 1}")')]
+               part('needy', 'print("{}")', needs=('json', 'no_such_package')),
+               part('good', 'print("noise\\n{\\"a\\": 1}")')]
     facts = dict(machine=dict(card=None), tiny=False, parts={})
     began = time.monotonic()
     failed = parts.run_all(planned, facts, tmp_path, 'cpu')
@@ -157,7 +159,7 @@ def test_how_parts_end(tmp_path):
         assert found[name]['status'] == 'left out' and 'no_such_package' in found[name]['reason']
     table = (tmp_path/'results.md').read_text()
     assert all(f'| {name} | {one["status"]} |' in table for name, one in found.items())
-    if Path('/proc/self/stat').exists(): assert not alive(int((tmp_path/'pid').read_text())), 'what a part started lives on'
+    assert not alive(int((tmp_path/'pid').read_text())), 'what a part started lives on'
     left = parts.run_all(planned[-1:], facts | dict(parts={}), tmp_path, 'cpu', seconds=1)
     assert left == ['good'], 'without time there is no part'
 

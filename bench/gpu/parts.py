@@ -53,7 +53,7 @@ def all_parts(a, device):
     cells = python('-c', 'import sys; from nbdev.test import nbdev_test\n'
                    'for path in sys.argv[1:]: print(path), nbdev_test(path, flags="cuda", n_workers=0)', *notebooks)
     loss = ['--rows', '64,256', '--reps', 2, '--together', '--contestants', 'plain', '--threads', 1] if tiny else \
-        ['--rows', '4096,8192,16384,32768,65536', '--seconds', 115]
+        ['--rows', '4096,8192,16384,32768,65536', '--seconds', 100]
     pipeline = ['--size', 32, '--limit', 4, '--repeats', 1, '--batch-size', 2] if tiny else ['--size', 224]
     optim = ['--arch', 'resnet18_0.125x', '--rounds', 2] if tiny else []
     images = ['--images', a.images] if a.images else []
@@ -62,10 +62,10 @@ def all_parts(a, device):
     return [
         Part('tests', 80, tests, ('pytest', *fastai), counts, env=dict(SIMCLR_TEST_CUDA='1')),
         Part('optim', 30, python(bench/'optim.py', *to, *optim), plain),
-        Part('step', 120, python(bench/'step.py', *to, *(['--tiny'] if tiny else [])), plain),
+        Part('step', 150, python(bench/'step.py', *to, *(['--tiny'] if tiny else [])), plain),
         Part('cifar', 70, python(bench/'gpu'/'rate.py', *images, *(['--tiny'] if tiny else [])), fastai),
-        Part('loss', 130, python(bench/'loss.py', *to, '--dtype', 'fp32,bf16', '--rounds', 1, *loss)),
-        Part('pipeline', 50, python(bench/'pipeline.py', *to, *pipeline, *photos), (*plain, 'sklearn')),
+        Part('loss', 115, python(bench/'loss.py', *to, '--dtype', 'fp32,bf16', '--rounds', 1, *loss)),
+        Part('pipeline', 40, python(bench/'pipeline.py', *to, *pipeline, *photos), (*plain, 'sklearn')),
         Part('cells', 40, cells, ('nbdev', *fastai), notebooks_passed,
              None if notebooks else 'no notebook has a cell flagged cuda'),
     ]
@@ -108,7 +108,7 @@ def last_words(log): return next((line for line in reversed(log.splitlines()) if
 
 def run_part(part, folder, device, left=SECONDS):
     "Run a part, and say how it went: status is ok, failed, or left out."
-    command = ' '.join(str(word) for word in part.command).replace(f'{root}{os.sep}', '').replace(sys.executable, 'python')
+    command = ' '.join(map(str, part.command)).replace(f'{root}{os.sep}', '').replace(sys.executable, 'python')
     facts = dict(status='left out', seconds=0, limit=round(min(part.limit, left)), command=command)
     absent = [name for name in part.needs if not find_spec(name)]
     why = part.left_out or (f'not installed: {", ".join(absent)}' if absent else None)
@@ -148,15 +148,18 @@ print(json.dumps(dict(device='cuda' if gpu else 'cpu', card=p and p.name, card_g
     facts = said_by(sys.executable, '-c', code)
     if facts is None: sys.exit(f'{sys.executable} cannot load PyTorch')
     driver = said_by('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
+    changed, now = said_by('git', 'status', '--porcelain') or '', datetime.datetime.now(datetime.timezone.utc)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return json.loads(facts.splitlines()[-1]) | dict(driver=driver and driver.splitlines()[0], cores=cores,
-        python=platform.python_version(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        commit=said_by('git', 'rev-parse', 'HEAD'), changed_files=len((said_by('git', 'status', '--porcelain') or '').splitlines()))
+        python=platform.python_version(), date=now.isoformat(timespec='seconds'),
+        commit=said_by('git', 'rev-parse', 'HEAD'), changed_files=len(changed.splitlines()))
 
 
 # The table
 
-def row(*cells): return '| ' + ' | '.join('' if c is None else str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+def cell(x): return '' if x is None else str(x).replace('|', '\\|').replace('\n', ' ')
+
+def row(*cells): return f'| {" | ".join(map(cell, cells))} |'
 
 def table(head, rows): return [row(*head), row(*['---']*len(head)), *(row(*r) for r in rows), '']
 
@@ -166,7 +169,7 @@ def loss_rows(result):
     for at in result['sizes']:
         for name, run in at['runs'].items():
             yield (at['dtype'], at['rows'], name, run.get('ms', run.get('left_out')), run.get('memory_mb'),
-                   percent(run.get('share_of_peak')), at['peak_tflops'])
+                   percent(run.get('share_of_peak')), at['peak_tflops'] and f"{at['peak_tflops']:.3g}")
 
 def step_rows(result):
     for run in result['runs']:
@@ -211,7 +214,7 @@ def run_all(parts, facts, folder, device, seconds=SECONDS):
     return [name for name, found in facts['parts'].items() if found['status'] == 'failed']
 
 def main():
-    ask = argparse.ArgumentParser(prog='run.sh', description='Everything that a GPU has to show. See the header of run.sh.')
+    ask = argparse.ArgumentParser(prog='run.sh', description='Everything that a GPU has to show; see its header.')
     ask.add_argument('--out', type=Path, default=root/'runs'/'gpu', help='where the results go')
     ask.add_argument('--images', type=Path, help='CIFAR-10, or another folder of small pictures; else some are made')
     ask.add_argument('--photos', type=Path, help='JPEG photographs for the input pipeline; else its own')
@@ -225,7 +228,7 @@ def main():
     parts, folder = all_parts(a, about['device']), a.out.resolve()
     names = [part.name for part in parts]
     wanted = a.only.split(',') if a.only else names
-    if unknown := set(wanted) - set(names): ask.error(f'there is no part {", ".join(unknown)}; there are {", ".join(names)}')
+    if unknown := set(wanted) - set(names): ask.error(f'no part {", ".join(unknown)}; there are {", ".join(names)}')
     folder.mkdir(parents=True, exist_ok=True)
     facts = dict(machine=about, tiny=a.tiny, parts={})
     failed = run_all([part for part in parts if part.name in wanted], facts, folder, about['device'])
