@@ -29,7 +29,9 @@ def script(name, *args, cwd):
 def ended(process):
     "Its exit code and what it said."
     try: said, _ = process.communicate(timeout=PATIENCE)
-    finally: process.kill()
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
     return process.returncode, said
 
 
@@ -39,7 +41,10 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('bench')
 @pytest.fixture(scope='module')
 def started(folder):
     "run.sh, which goes on while cifar10.sh is tested."
-    return script('run.sh', '--tiny', '--out', 'results', cwd=folder)
+    process = script('run.sh', '--tiny', '--out', 'results', cwd=folder)
+    yield process
+    if process.poll() is None: process.terminate()
+    process.communicate(timeout=PATIENCE)
 
 @pytest.fixture(scope='module')
 def results(folder, started):
@@ -58,7 +63,7 @@ def test_cifar10_goes_on_where_it_stopped(folder, started):
         rate.pictures(folder/'cifar'/split, n, seed=seed)
     run = folder/'out'/'run'
     code, said = ended(script('cifar10.sh', '--tiny', '--steps', 3, 'cifar', 'out', cwd=folder))
-    assert code == 75 and 'the same command goes on' in said, said
+    assert code == 75 and 'stopped as asked' in said, said
     first = steps_of(run)
     assert 3 <= len(first) < 16 and not (run/'report.json').exists(), first
     code, said = ended(script('cifar10.sh', '--tiny', 'cifar', 'out', cwd=folder))
@@ -94,13 +99,15 @@ def test_every_part_is_in_the_results(folder, results):
     assert limits <= parts.SECONDS < 9*60, 'all limits together'
 
 
+at_least = dict(augmentation=.001, forward=.1, loss=.001, backward=.2, lars=.004)       # of a step, however busy it is
+
 def test_the_step_adds_up(results):
     runs = {run['variant']: run for run in results['parts']['step']['result']['runs']}
     assert {'fp32', 'bf16', 'fp32+contiguous', 'fp32+global'} <= set(runs)
     for run in runs.values():
         if 'left_out' in run: continue
         assert sum(run['shares'].values()) == pytest.approx(1, abs=.002)
-        assert all(share > 0 for part, share in run['shares'].items() if part != 'copy')
+        for part, least in at_least.items(): assert run['shares'][part] > least, (part, run)
         assert sum(run['parts_ms'].values()) == pytest.approx(run['ms']*(1 - run['between_steps']), rel=.02)
         assert run['images_per_second']*run['ms']/1e3 == pytest.approx(run['images'], rel=.02)
         assert .5 < run['memory_mb'] < 500
