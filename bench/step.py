@@ -4,8 +4,9 @@
     python bench/step.py --variants fp32,bf16,bf16+compile --arch resnet18 --size 32 --batch-size 256
 
 A variant is one way to take the step, its words joined by +: fp32 or bf16 (autocast) first, then any of contiguous
-(instead of channels_last), compile (of the encoder), global or sync (the library's batch norm over all processes, or
-PyTorch's, in a group of one process: what they cost before anything travels). Prints JSON.
+(instead of channels_last), compile (of the encoder; on a GPU of the augmentation, too), global or sync (the library's
+batch norm over all processes, or PyTorch's, in a group of one process: what they cost before anything travels).
+Prints JSON.
 """
 import argparse, gc, json, signal, statistics, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
 from simclr_nb.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
-from simclr_nb.operations import apply_cpu
+from simclr_nb.operations import apply_compiled, apply_cpu
 from simclr_nb.projection import SimCLR, projection_head
 from torch import nn
 
@@ -102,7 +103,7 @@ def trainer(variant, a, n):
     if 'sync' in has: replace_batch_norm(model.encoder, TorchsAlone)
     if 'compile' in has: model.encoder.compile()
     opt, augment = LARS(model, lr=.1, weight_decay=1e-6), augmentations_for(None, a.size)
-    apply = None if cuda else apply_cpu
+    apply = apply_cpu if not cuda else apply_compiled if 'compile' in has else None
 
     def step(batch, marks):
         marks('start')
