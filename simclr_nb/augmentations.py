@@ -25,7 +25,8 @@ def check_images(x):
 def per_image(p, x):
     "A parameter as (B, 1, 1, 1) or (1, 1, 1, 1)."
     check_images(x)
-    p = torch.as_tensor(p, dtype=x.dtype, device=x.device)
+    like = dict(dtype=x.dtype, device=x.device)
+    p = torch.full((1,), p, **like) if isinstance(p, (int, float)) else torch.as_tensor(p, **like)
     if p.numel() not in (1, len(x)):
         raise ValueError(f'{len(x)} images take one parameter or {len(x)}, got {p.numel()}')
     return p.reshape(-1, 1, 1, 1)
@@ -325,8 +326,7 @@ def apply(self:Augmentation,
     "Apply the transforms to a batch, on its device."
     self.check_params(x, params)
     if x.dtype == torch.uint8: x = x.float()/255
-    each = params.split([t.n_params for t in self.transforms], 1)
-    for transform, p in zip(self.transforms, each): x = transform(x, p)
+    for t, p in zip(self.transforms, params.split([t.n_params for t in self.transforms], 1)): x = t(x, p)
     return x
 
 # %% ../nbs/01_augmentations.ipynb #f238f8f2

@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.metrics import ValueMetric
@@ -24,24 +24,37 @@ from .augmentations import keyed_rng
 from .ntxent import alignment, contrastive_metrics, uniformity
 from .lars import scale_lr
 from .data import TwoCropDataset, check_batch
-from .distributed import all_gather_objects, gather_detached, gather_rows, others_wait
+from .distributed import all_gather_objects, gather_detached, gather_rows, mean_over_ranks, others_wait
+from .waiting import Late
 
 # %% ../nbs/08a_callbacks.ipynb #ff5d50e3
 class SanityChecks(Callback):
     "Clear errors for data that cannot train, gradients that are not finite, files that could not be read."
+    def __init__(self,
+        late:bool|None=None, # look at a gradient one step later, without waiting for it; None: unless on a CPU
+    ): self.late = late
     def before_fit(self):
         dataset = self.dls.train.dataset
         check_batch(len(dataset), self.batch_size)
         if isinstance(dataset, TwoCropDataset): dataset[0]          # is there one that can be read?
+        self.coming, self.asked_at = Late(), None
     def before_step(self):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
         scaler = getattr(self.learn, 'scaler', None)
-        if scaler and scaler.is_enabled(): self.check_scale(scaler)
-        elif not self.grad_norm.isfinite():
-            raise FloatingPointError(f'the gradient is not finite at step {self.step} (epoch {self.epoch}): '
-                'stopped before it reached the weights. Try a lower learning rate, a longer warm-up, '
-                'or full precision.')
+        if scaler and scaler.is_enabled(): return self.check_scale(scaler)
+        self.settle()
+        self.coming.put(self.grad_norm)
+        self.asked_at = f'step {self.step} (epoch {self.epoch})'
+        on_cpu = self.grad_norm.device.type == 'cpu'
+        if not (self.late or self.late is None and not on_cpu): self.settle('stopped before it reached the weights')
+    def settle(self, what='the weights have it by now, and no checkpoint does: go on from the last one'):
+        "Look at the last gradient norm that nobody has looked at."
+        norm = self.coming.get()
+        if norm is None or norm.isfinite(): return
+        raise FloatingPointError(f'the gradient is not finite at {self.asked_at}: {what}. '
+                                 'Try a lower learning rate, a longer warm-up, or full precision.')
+    def after_train(self): self.settle()
 
 # %% ../nbs/08a_callbacks.ipynb #10418990
 @patch
@@ -69,12 +82,6 @@ def unreadable_files(self:SanityChecks)->list:
     return getattr(self.dls.train.dataset, 'unreadable_files', list)()
 
 # %% ../nbs/08a_callbacks.ipynb #c4d3a08c
-def _mean_over_ranks(x):
-    if get_world_size() == 1: return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x/get_world_size()
-
 class ContrastiveMetrics(Callback):
     "Contrastive accuracy and entropy on the steps that are logged, and the time left in the progress bar."
     order = 70
@@ -103,13 +110,14 @@ class ContrastiveMetrics(Callback):
 @patch
 def mean(self:ContrastiveMetrics, i):
     "The mean of one metric over the logged steps of the epoch, and over all processes."
-    return float(_mean_over_ranks(self.sums/max(1, self.count))[i])
+    return float(mean_over_ranks(self.sums/max(1, self.count))[i])
 
 @patch
-def geometry(self:ContrastiveMetrics)->tuple: # alignment, uniformity
+def geometry(self:ContrastiveMetrics)->torch.Tensor: # alignment, uniformity
     "The two forces of the loss, on the rows of all processes."
     z = gather_detached(self.z)
-    return float(alignment(z)), float(uniformity(z)) if len(z) > 2 else math.nan
+    align = alignment(z)
+    return torch.stack([align, uniformity(z) if len(z) > 2 else torch.full_like(align, math.nan)])
 
 @patch
 def after_batch(self:ContrastiveMetrics):
@@ -168,8 +176,8 @@ def after_epoch(self:History):
 def write_means(self:History):
     "A line with the means since the last one."
     means = torch.cat([self.sums/self.count, self.contrastive_metrics.latest.to(self.sums)])
-    loss, norm, accuracy, entropy = _mean_over_ranks(means).tolist()
-    align, uniform = self.contrastive_metrics.geometry()
+    numbers = torch.cat([mean_over_ranks(means), self.contrastive_metrics.geometry().to(means)])
+    loss, norm, accuracy, entropy, align, uniform = numbers.tolist()        # all that is asked of the device
     now, images = time.perf_counter(), self.timed*self.batch_size
     self.write(loss=loss, contrastive_accuracy=accuracy, contrastive_entropy=entropy, alignment=align,
         uniformity=uniform, lr=self.opt.hypers[-1]['lr'], grad_norm=norm, images_per_second=images/(now - self.since))

@@ -57,7 +57,8 @@ class SpeedAndMemory:
     precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # mixed precision; fp16 on GPUs only
     micro_batch: AnyCount = None # images that go through the network at a time, for batches larger than the memory
     grad_checkpoint: bool = how(False) # compute activations twice instead of keeping them
-    compile: bool = how(False) # compile the encoder with torch.compile
+    compile: bool = how(False) # compile the encoder with torch.compile; on a GPU the augmentation, too
+    compile_mode: Literal['default', 'reduce-overhead', 'max-autotune'] = how('default') # of torch.compile
     memory_format: Literal['channels_last', 'contiguous_format'] = how('channels_last') # of views and weights
     num_workers: Workers = how(None) # processes that decode, for each that trains; None: one per core
     processes: AnyCount = how(None) # for --dry-run: processes that share a batch; None: as many as torchrun started

@@ -266,8 +266,8 @@ def checkpointed(
 ): # what f returns
     "f(*args), keeping no activations: the backward pass runs f again, with the same random numbers."
     if not torch.is_grad_enabled(): return f(*args)
-    run = torch.compiler.disable(checkpoint) if torch.compiler.is_compiling() else checkpoint
-    return run(f, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _held_statistics(model)))
+    if torch.compiler.is_compiling(): return checkpoint(f, *args, use_reentrant=False)    # a graph counts a batch once
+    return checkpoint(f, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _held_statistics(model)))
 
 # %% ../nbs/00a_core.ipynb #9c435a86
 def get_world_size()->int:

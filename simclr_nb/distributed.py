@@ -48,6 +48,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         return _own_sum(grad.clone(memory_format=torch.contiguous_format))
 
+# %% ../nbs/07_distributed.ipynb #5f0815f8
+def host_or(device):
+    "Where a few numbers travel between processes: the CPU, where the group has a way between CPUs; no GPU waits then."
+    return 'cpu' if 'cpu:' in dist.get_backend_config() else device
+
 # %% ../nbs/07_distributed.ipynb #e11bd33e
 _dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -59,7 +64,7 @@ def _described(ndim, rows, columns, kind):
 def _check_shapes(z):
     "The same error in every process where the rows of any one of them will not do."
     own = [z.ndim, *(*z.shape, 0, 0)[:2], _dtypes.index(z.dtype) if z.dtype in _dtypes else -1]
-    shapes = _gathered(torch.tensor([own], device=z.device)).tolist()
+    shapes = _gathered(torch.tensor([own], device=host_or(z.device))).tolist()
     ndim, rows, columns, kind = shapes[0]
     if any(s != shapes[0] for s in shapes) or ndim != 2 or rows == 0 or rows % 2 or columns == 0 or kind < 0:
         got = ', '.join(f'rank {r}: {_described(*s)}' for r,s in enumerate(shapes))
@@ -173,11 +178,11 @@ def global_batch_norm(
 # %% ../nbs/07_distributed.ipynb #9a125fb9
 def any_rank(
     flag:bool, # of this process
-    device=None, # of the message; None: the CPU
+    device=None, # of the message, where the group has no way between CPUs
 )->bool:
-    "Is it true in any process? All get the same answer."
+    "Is it true in any process? All get the same answer, and no GPU is waited for."
     if get_world_size() == 1: return flag
-    answer = torch.tensor([int(flag)], device=device)
+    answer = torch.tensor([int(flag)], device=host_or(device))
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
 
@@ -199,6 +204,14 @@ def gather_detached(
     if get_world_size() == 1: return z.detach()
     rows = _gathered(z.detach().contiguous())
     return rows.unflatten(0, (get_world_size(), 2, -1)).transpose(0, 1).flatten(0, 2)
+
+# %% ../nbs/07_distributed.ipynb #acf44d00
+def mean_over_ranks(x):
+    "The mean over all processes, which all get."
+    if get_world_size() == 1: return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x/get_world_size()
 
 # %% ../nbs/07_distributed.ipynb #4a962c71
 @contextmanager

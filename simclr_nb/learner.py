@@ -17,10 +17,9 @@ import matplotlib.pyplot as plt, torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgMetric, Learner
-from fastai.metrics import accuracy
+from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import no_random, trainable_params
+from fastai.torch_core import no_random, to_device, trainable_params
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from .lars import LARS, learning_rate, param_groups, schedule_plan
 from .data import ImageSet, check_batch, load_images
 from .distributed import gather_rows, launched_processes, process_group
 from .memory import checkpoint_activations
+from .waiting import LateLosses, MeanMetric, SmoothLoss
 from .callbacks import ContrastiveMetrics, Precision, SanityChecks
 from .loaders import (DistributedTraining, crops_to_views, fast_apply, first_views, make_dls, recipe_for,
     show_views, train_dls, unit_range)
@@ -44,7 +44,8 @@ class ViewsCallback(Callback):
         augment:Augmentation,
         seed:int=0,
         memory_format=torch.channels_last,
-    ): self.augment, self.seed, self.memory_format = augment, seed, memory_format
+        compiled:bool=False, # on a GPU: the transforms as one compiled graph
+    ): self.augment, self.seed, self.memory_format, self.compiled = augment, seed, memory_format, compiled
     def before_train(self):
         if self.sampler: self.sampler.step = self.start + self.step
     def before_batch(self):
@@ -52,10 +53,12 @@ class ViewsCallback(Callback):
         self.learn.xb = views.contiguous(memory_format=self.memory_format),
     def make(self, x, params=None):
         "The views of crops and their parameters, or of whole images."
-        if x.ndim == 5: return crops_to_views(self.augment, x, params)
+        if x.ndim == 5: return crops_to_views(self.augment, x, params, self.compiled)
         first = (self.iter*get_world_size() + get_rank())*len(x)      # an image's place in the epoch is its key
         epoch = (self.start + self.step)//len(self.dls.train)
-        return crop_views(self.augment, unit_range(x), self.seed, epoch, first, fast_apply(x))
+        look = x.device.type == 'cpu' or self.iter == 0      # at the values: a GPU would be waited for
+        return crop_views(self.augment, unit_range(x, look), self.seed, epoch, first,
+                          fast_apply(x, self.compiled))
     def before_validate(self): raise CancelValidException
 
 # %% ../nbs/08_learner.ipynb #48faebf9
@@ -93,6 +96,9 @@ class SimCLRLearner(Learner):
         self.train_iter = 0
         try: super().fit(n_epoch, *args, **kwargs)
         finally: self.start += self.step
+    def _set_device(self, b):
+        "As fastai's, but what lies in pinned memory is not waited for."
+        return to_device(b, next(self.model.parameters()).device, non_blocking=True)
     def _with_events(self, f, event_type, *args, **kwargs):
         "As fastai's; callbacks with an `after_failed_fit` undo what they did where a fit ends in an error."
         try: super()._with_events(f, event_type, *args, **kwargs)
@@ -136,11 +142,12 @@ optimizers = {
 }
 
 # %% ../nbs/08_learner.ipynb #8f14ba30
-def _learner(dls, model, loss, metrics, cbs, more_metrics=None, **kwargs):
+def _learner(dls, model, loss, metrics, own_cbs, more_metrics=None, cbs=None, **kwargs):
     "A learner that measures training batches; there is nothing to validate."
     learn = SimCLRLearner(dls, model, loss, metrics=metrics + L(more_metrics), **kwargs)
-    learn.add_cbs([SanityChecks(), *cbs])
-    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
+    learn.add_cbs([SanityChecks(), LateLosses(), *own_cbs, *L(cbs)])
+    recorder = learn.recorder
+    recorder.smooth_loss, recorder.train_metrics, recorder.valid_metrics = SmoothLoss(), True, False
     return learn
 
 # %% ../nbs/08_learner.ipynb #666a358d
@@ -328,7 +335,7 @@ class LabelLoss(nn.Module):
         self.loss = loss
     def forward(self, prediction, label, *rest): return self.loss(prediction, label)
 
-def _label_accuracy(prediction, label, *rest): return accuracy(prediction, label)
+def _label_accuracy(prediction, label, *rest): return (prediction.argmax(1) == label).float().mean()
 
 # %% ../nbs/08_learner.ipynb #02b08ba5
 def supervised_learner(
@@ -354,7 +361,7 @@ def supervised_learner(
         encoder = build_encoder(arch, size)
         model = nn.Sequential(encoder, nn.Linear(feature_dim(encoder, size), classes))
     dls = train_dls(images, augment, batch_size, seed, num_workers)
-    loss, metric = LabelLoss(nn.CrossEntropyLoss()), AvgMetric(_label_accuracy)
+    loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     return _learner(dls, model.to(memory_format=torch.channels_last), loss, [metric], [ViewsCallback(augment, seed)],
         kwargs.pop('metrics', None), **kwargs)
 

@@ -19,24 +19,27 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from .core import get_rank, get_world_size
 from .augmentations import Augmentation, make_views
-from .operations import apply_cpu
+from .operations import apply_compiled, apply_cpu
 from .data import ImageSet, StepSampler, TwoCropDataset, augmentations_for, presets, train_loader
 from .distributed import global_batch_norm
 
 # %% ../nbs/08c_loaders.ipynb #9d63c60c
 def fast_apply(
     x:Tensor, # what is to be transformed
+    compiled:bool=False, # elsewhere than on a CPU: as one compiled graph
 ): # for `make_views` and `crop_views`
     "The implementation of an augmentation that is fast on the device of x; None: its own."
-    return apply_cpu if x.device.type == 'cpu' else None
+    if x.device.type == 'cpu': return apply_cpu
+    return apply_compiled if compiled else None
 
 def crops_to_views(
     augment:Augmentation,
     crops:Tensor, # (B, V, 3, S, S) uint8
     params:Tensor, # (B, V, P)
+    compiled:bool=False, # as for `fast_apply`
 )->Tensor: # (V·B, 3, S, S) in [0, 1]
     "`make_views`, fast on any device."
-    return make_views(augment, crops, params, fast_apply(crops))
+    return make_views(augment, crops, params, fast_apply(crops, compiled))
 
 # %% ../nbs/08c_loaders.ipynb #cba77d62
 def first_views(
@@ -112,12 +115,12 @@ def recipe_for(data, augment, size):
     return augmentations_for(name, size), size
 
 # %% ../nbs/08c_loaders.ipynb #0c1169c9
-def unit_range(x):
-    "Plain float images in [0, 1], or an error."
+def unit_range(x, look=True):
+    "Plain float images in [0, 1], or an error; without `look` nobody waits for their values."
     x = x.as_subclass(Tensor)
     x = x.float()/255 if x.dtype == torch.uint8 else x
     if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f'expected images (B, 3, H, W), got {tuple(x.shape)}')
-    if x.min() < 0 or x.max() > 1:
+    if look and (x.min() < 0 or x.max() > 1):
         raise ValueError(f'images must lie in [0, 1], got {x.min():.2f} to {x.max():.2f}: '
                          'leave Normalize out of the DataLoaders')
     return x

@@ -189,6 +189,7 @@ def check_all_agree(self:Checkpoints, state):
 def save(self:Checkpoints):
     "Save the state as it is, unless it is saved already."
     if self.saved == self.step: return
+    self.sanity_checks.settle()                            # nothing that is not finite is saved
     state, self.saved = self.state(), self.step
     if get_rank(): return
     try:

@@ -123,7 +123,9 @@ def make_learner(
         micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
-    if s.compile: learn.encoder.compile()
+    if s.compile:
+        learn.encoder.compile(mode=s.compile_mode)
+        learn.views.compiled = True
     return learn
 
 # %% ../nbs/14c_runs.ipynb #5b687241

@@ -10,6 +10,7 @@ import simclr_nb.all
 from simclr_nb.all import ImageSet, LARS, load_encoder, nt_xent, save_encoder, simclr_augmentations, simclr_learner
 from simclr_nb.core import save_tensors
 from simclr_nb.encoder import build_encoder, encoder_info, resnet
+from simclr_nb.memory import checkpoint_activations
 
 root = Path(__file__).resolve().parents[1]
 
@@ -118,6 +119,33 @@ def test_a_compiled_encoder_with_activation_checkpointing_takes_the_same_steps(t
         with learn.no_bar(), learn.no_logging(): learn.pretrain(1, batch_size=8, lr=.1)
         losses.append([float(loss) for loss in learn.recorder.losses])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+def test_activation_checkpointing_is_compiled_to_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    plain, x = checkpoint_activations(build_encoder('resnet18_0.125x', 32)), torch.rand(4, 3, 32, 32)
+    compiled = checkpoint_activations(build_encoder('resnet18_0.125x', 32))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile(backend='aot_eager', fullgraph=True)
+    grads = [torch.autograd.grad(e(x).square().sum(), list(e.parameters())) for e in (plain, compiled)]
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(plain.buffers(), compiled.buffers()): torch.testing.assert_close(a, b)     # each batch counts once
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(grad_checkpoint=True), dict(micro_batch=4)])
+def test_channels_stay_last_through_a_step(tmp_path, kwargs):
+    learn, seen = learner(tmp_path, **kwargs), []
+    for m in learn.encoder.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.BatchNorm2d)):
+            m.register_forward_hook(lambda m, args, out: seen.extend([args[0], out]))
+    with learn.no_bar(), learn.no_logging(): learn.pretrain(1, batch_size=8, lr=.1)
+    large = [x for x in seen if x.shape[1] > 1 and x.shape[2] > 1]           # else both orders are the same
+    assert len(large) > 20 and all(x.is_contiguous(memory_format=torch.channels_last) for x in large)
+    weights = [p for p in learn.encoder.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert all(p.grad is None or p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 def test_fewer_images_than_a_batch_are_one_batch(tmp_path):
