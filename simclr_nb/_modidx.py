@@ -339,7 +339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simclr_nb.data.folder_images': ('data.html#folder_images', 'simclr_nb/data.py'),
                                 'simclr_nb.data.folder_splits': ('data.html#folder_splits', 'simclr_nb/data.py'),
                                 'simclr_nb.data.ignore_signals': ('data.html#ignore_signals', 'simclr_nb/data.py'),
-                                'simclr_nb.data.leave_with_parent': ('data.html#leave_with_parent', 'simclr_nb/data.py'),
+                                'simclr_nb.data.leave_with_trainer': ('data.html#leave_with_trainer', 'simclr_nb/data.py'),
                                 'simclr_nb.data.load_images': ('data.html#load_images', 'simclr_nb/data.py'),
                                 'simclr_nb.data.solar_cells': ('data.html#solar_cells', 'simclr_nb/data.py'),
                                 'simclr_nb.data.stratified_split': ('data.html#stratified_split', 'simclr_nb/data.py'),

@@ -299,19 +299,22 @@ def batch(self:StepSampler, step:int)->list[tuple]: # (epoch, i) of each image
     return [(epoch, int(_order(self.n, self.seed, epoch)[k])) for epoch, k in places]
 
 # %% ../nbs/06_data.ipynb #793834f9
-import signal, threading
+import multiprocessing, signal, threading
 
-def leave_with_parent():
-    "Wait for the SIGTERM of the process that started this one; others who send it to all of a group mean that one."
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid(): pass
+def leave_with_trainer():
+    "End when the process that trains sends SIGTERM or is gone; others who send SIGTERM to a whole group mean that one."
+    trainer = multiprocessing.parent_process()      # not `os.getppid()`: of a fork server, that is the server
+    while trainer.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 2)                     # seconds
+        if received and received.si_pid == trainer.pid: break
     os._exit(0)
 
 def ignore_signals(worker:int):
     "In a process that decodes: SIGTERM and SIGINT are for the one that trains, which ends its step first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, 'sigwaitinfo'): return          # macOS
+    if not hasattr(signal, 'sigtimedwait'): return          # macOS
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_trainer, daemon=True).start()
 
 # %% ../nbs/06_data.ipynb #4cd010b0
 def train_loader(

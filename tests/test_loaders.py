@@ -1,22 +1,29 @@
 "Loaders whose workers are started afresh, as on macOS, on Windows and with Python 3.14, instead of forked."
-import subprocess, sys
+import os, signal, subprocess, sys, time
 
 import pytest
 
-script = '''
-import sys, time
+common = '''
+import os, signal, sys, time
 from pathlib import Path
 import numpy as np, torch.multiprocessing as mp
 from PIL import Image
 from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data import eval_loader, folder_images, train_loader
 
-if __name__ == '__main__':
-    mp.set_start_method(sys.argv[2])
+def make(n):
+    "Images in the folder that the command names."
     folder = Path(sys.argv[1])
-    for i in range(12):
+    for i in range(n):
         pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder/f'{i:02}.png')
+    return folder
+'''
+
+every_image = common + '''
+if __name__ == '__main__':
+    mp.set_start_method(sys.argv[2])
+    folder = make(12)
     (folder/'broken.png').write_text('not a picture')
     images = folder_images(folder)
     loader = train_loader(images, simclr_augmentations(32), batch_size=13, num_workers=1)
@@ -32,11 +39,55 @@ if __name__ == '__main__':
     print('all seen')
 '''
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
-def test_loaders_work_when_workers_are_started_afresh(tmp_path, method):
+waits = common + '''
+if __name__ == '__main__':
+    mp.set_start_method(sys.argv[2])
+    loader = train_loader(folder_images(make(4)), simclr_augmentations(32), batch_size=2, num_workers=2)
+    for batch in loader: pass
+    print(*(worker.pid for worker in loader._iterator._workers), flush=True)
+    input()
+    print(len(list(loader)), flush=True)
+    time.sleep(60)
+'''
+
+def started(tmp_path, script, method):
+    "A script that runs in a process group of its own."
     file = tmp_path/'script.py'
     file.write_text(script)
     (tmp_path/'images').mkdir()
-    command = [sys.executable, str(file), str(tmp_path/'images'), method]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.strip().endswith('all seen'), done.stdout + done.stderr
+    return subprocess.Popen([sys.executable, str(file), str(tmp_path/'images'), method], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+def end_all(process):
+    "Whatever is left of a script's process group."
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.communicate()
+
+def output(process, seconds):
+    "What a script and its workers print until the last of them has left; an error if they stay longer."
+    try: return process.communicate(timeout=seconds)[0]
+    finally: end_all(process)
+
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_loaders_work_when_workers_are_started_afresh(tmp_path, method):
+    process = started(tmp_path, every_image, method)
+    said = output(process, 120)
+    assert process.returncode == 0 and said.strip().endswith('all seen'), said
+
+@pytest.mark.skipif(not hasattr(signal, 'sigtimedwait'), reason='signals have no sender here')
+@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+def test_workers_leave_with_the_process_that_trains_and_not_before(tmp_path, method):
+    "They go on when somebody else sends SIGTERM, and they leave when the process that trains is killed."
+    process = started(tmp_path, waits, method)
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        for pid in workers: os.kill(pid, signal.SIGTERM)
+        time.sleep(1)
+        process.stdin.write('another epoch\n')
+        process.stdin.flush()
+        assert process.stdout.readline() == '2\n'        # batches
+        process.kill()
+        process.communicate(timeout=30)                  # the pipe is open as long as a worker is there
+    finally: end_all(process)
