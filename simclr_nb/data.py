@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .core import get_rank, get_world_size, listing, shown
 from .augmentations import Augmentation, keyed_rng, simclr_augmentations
-from .files import BadImage, decode_crops, image_files, open_image, open_lazy, oriented_size
+from .files import BadImage, decode_crops, image_files, open_for_crops, open_image, oriented_size
 from .operations import solar_augmentations
 
 # %% ../nbs/06_data.ipynb #71622568
@@ -210,12 +210,12 @@ def _candidates(self:TwoCropDataset, epoch, i):
 @patch
 def _first_readable(self:TwoCropDataset, epoch, i):
     "The first candidate that can be read."
-    bad, first = set(), None
+    bad, first, unreadable = set(), None, self.unreadable.numpy()
     for j in self._candidates(epoch, i):
-        known = bool(bad and self.unreadable[j])         # image i itself is read anew: it may be there again
+        known = bool(bad) and unreadable[j]         # image i itself is read anew: it may be there again
         try: found = None if known else self.views(epoch, j)
         except BadImage as e: found, first = None, first or e
-        self.unreadable[j] = found is None
+        unreadable[j] = found is None
         if found is not None: return j, *found
         bad.add(j)
     raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
@@ -224,7 +224,7 @@ def _first_readable(self:TwoCropDataset, epoch, i):
 @patch
 def views(self:TwoCropDataset, epoch, i):
     "(crops, params) of image i in an epoch."
-    with open_lazy(self.images.files[i]) as im:
+    with open_for_crops(self.images.files[i]) as im:
         boxes, params = self.augment.draw_views((self.seed, epoch, i), *oriented_size(im))
         return decode_crops(im, boxes, self.augment.size), params
 
@@ -351,7 +351,7 @@ class EvalDataset(Dataset):
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
         try:
-            with open_lazy(self.images.files[i]) as im:
+            with open_for_crops(self.images.files[i]) as im:
                 box = central_box(*oriented_size(im), self.crop)
                 return decode_crops(im, [box], self.size)[0], i
         except BadImage: return None
