@@ -32,7 +32,7 @@ if __name__ == '__main__':
         began = time.perf_counter()
         seen = sorted(int(i) for *_, idxs in loader for i in idxs)
         seconds.append(time.perf_counter() - began)
-        assert len(seen) == 13 and set(seen) == set(range(12)), seen      # an image takes the place of the broken one
+        assert len(seen) == 13 and set(seen) == set(range(12)), seen    # an image takes the place of the broken one
     assert max(seconds[1:]) < seconds[0]/2, f'start-up is paid once: {seconds}'
     assert [f.name for f in loader.dataset.unreadable_files()] == ['broken.png']
     assert sum(len(x) for x, _ in eval_loader(images, 32, batch_size=5, num_workers=1)) == 12
@@ -55,8 +55,9 @@ def started(tmp_path, script, method):
     file = tmp_path/'script.py'
     file.write_text(script)
     (tmp_path/'images').mkdir()
-    return subprocess.Popen([sys.executable, str(file), str(tmp_path/'images'), method], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    command, pipe = [sys.executable, str(file), str(tmp_path/'images'), method], subprocess.PIPE
+    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT,
+                            start_new_session=True)
 
 def end_all(process):
     "Whatever is left of a script's process group."
