@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .core import get_rank, get_world_size, listing, shown
 from .augmentations import Augmentation, keyed_rng, simclr_augmentations
-from .files import BadImage, decode_crops, image_files, open_for_crops, open_image, oriented_size
+from .files import (BadImage, PixelCache, cut_crops, decode_crops, image_files, open_for_crops, open_image,
+                             oriented_size, reading)
 from .operations import solar_augmentations
 
 # %% ../nbs/06_data.ipynb #71622568
@@ -182,9 +183,11 @@ class TwoCropDataset(Dataset):
         images:ImageSet,
         augment, # has `size` and `draw_views(key, width, height)`, which returns (boxes, params)
         seed:int=0,
+        cache:float=0, # megabytes of memory for decoded images, shared by the workers; 0: every image is read anew
     ):
         keyed_rng(seed)                                   # a bad seed is an error now, not in a worker
         self.images, self.augment, self.seed = images, augment, seed
+        self.cache = PixelCache(images.files, augment.size, cache) if cache else None
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self.labels = None if images.labels is None else torch.as_tensor(images.labels)
         if self.labels is not None: self.labels = self.labels.float() if self.labels.ndim == 2 else self.labels.long()
@@ -224,9 +227,16 @@ def _first_readable(self:TwoCropDataset, epoch, i):
 @patch
 def views(self:TwoCropDataset, epoch, i):
     "(crops, params) of image i in an epoch."
-    with open_for_crops(self.images.files[i]) as im:
-        boxes, params = self.augment.draw_views((self.seed, epoch, i), *oriented_size(im))
-        return decode_crops(im, boxes, self.augment.size), params
+    file, key, size = self.images.files[i], (self.seed, epoch, i), self.augment.size
+    x = self.cache and self.cache.get(i)
+    if x is None:
+        with open_for_crops(file) as im:
+            x = self.cache and self.cache.read(i, im)
+            if x is None:
+                boxes, params = self.augment.draw_views(key, *oriented_size(im))
+                return decode_crops(im, boxes, size), params
+    boxes, params = self.augment.draw_views(key, x.shape[1], x.shape[0])
+    with reading(file): return cut_crops(x, boxes, size), params
 
 @patch
 def unreadable_files(self:TwoCropDataset)->list[Path]:
@@ -323,10 +333,11 @@ def train_loader(
     batch_size:int=256, # images per step, over all processes; so 2·batch_size views
     seed:int=0,
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
+    cache:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
 )->DataLoader: # batches (crops (B, V, 3, S, S) uint8, parameters (B, V, P), labels if there are some, indices (B,))
     "Batches of crops for training, shuffled by key; `loader.batch_sampler.step` is where the next pass starts."
     workers = default_workers(num_workers)
-    dataset = TwoCropDataset(images, augment, seed)
+    dataset = TwoCropDataset(images, augment, seed, cache)
     return DataLoader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
         num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,

@@ -120,6 +120,10 @@ class Jpeg(NamedTuple):
     size:tuple # (width, height), pixels
     mode:str # Pillow's: L or RGB
     format:str = 'JPEG'
+    @property
+    def width(self): return self.size[0]
+    @property
+    def height(self): return self.size[1]
 
 _plain = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE3, 0xED), 0xEF}                      # segments that change nothing
 _known = {0xE0: (b'JFIF\0', 14), 0xE2: (b'ICC_PROFILE\0', 14), 0xEE: (b'Adobe', 12)}    # and their least length
@@ -245,6 +249,72 @@ def decode_crops(
         x = pixels(rgb).permute(1, 2, 0).numpy()
         rgb.close()
         return _cut_large(x, boxes, size)
+
+# %% ../nbs/06a_files.ipynb #1e6b4e92
+def decode_whole(
+    im, # opened, not yet decoded
+)->np.ndarray: # (h, w, 3) uint8
+    "The pixels of an opened image, upright."
+    with reading(im.filename):
+        x = _decoded(im, 1) if isinstance(im, Jpeg) else pixels(load_rgb(im)).permute(1, 2, 0).numpy()
+        if x is not None: return x
+        with Image.open(im.filename) as pillow: return decode_whole(pillow)
+
+def cut_crops(
+    x:np.ndarray, # (h, w, 3) uint8
+    boxes, # (left, top, right, bottom), pixels
+    size:int, # side of the crops, pixels
+)->torch.Tensor: # (len(boxes), 3, size, size) uint8, as `decode_crops` gives them
+    "Cut boxes out of a decoded image."
+    _check_boxes(boxes, x.shape[1], x.shape[0])
+    return _cut_large(x, boxes, size) if max(x.shape) > 64 else _cut_small(Image.fromarray(x), 1, boxes, size)
+
+# %% ../nbs/06a_files.ipynb #b0b13b10
+class PixelCache:
+    "Decoded images in memory that workers share, kept when they are first read."
+    def __init__(self,
+        files:list, # of all images
+        size:int, # side of the crops to come, pixels
+        megabytes:float, # the most memory to take
+    ):
+        self.size, self.place = size, int(megabytes*2**20)//len(files)
+        needs = self._needs(files[::-(-len(files)//100)])
+        if needs and min(needs) > self.place:
+            most = -(-len(files)*max(needs)//2**20)
+            raise ValueError(f'a cache of {megabytes} MB for {len(files)} images has {self.place} bytes for each, '
+                f'and they take {min(needs)} and more: choose {most} MB, or no cache')
+        self.place = min(self.place, max(needs, default=0))
+        self.sizes = torch.zeros(len(files), 2, dtype=torch.int32).share_memory_()
+        storage = torch.UntypedStorage._new_shared(len(files)*self.place)          # an error where memory is short
+        self.pixels = torch.empty(0, dtype=torch.uint8).set_(storage).view(len(files), self.place)
+    def _needs(self, files):
+        "The bytes that some images take, of those that can be kept."
+        found = []
+        for file in files:
+            try:
+                with open_for_crops(file) as im: found += [self.bytes(im)] if self.bytes(im) else []
+            except BadImage: pass
+        return found
+    def bytes(self, im):
+        "What an opened image takes; 0 where its crops may be cut at reduced size."
+        return 0 if draft_scale(im, [(0, 0, *im.size)], self.size) > 1 else 3*im.width*im.height
+
+# %% ../nbs/06a_files.ipynb #46cc5896
+@patch
+def get(self:PixelCache, i):
+    "The pixels (h, w, 3) of image i; None where they are not kept."
+    height, width = self.sizes.numpy()[i].tolist()
+    return self.pixels[i].numpy()[:height*width*3].reshape(height, width, 3) if height else None
+
+@patch
+def read(self:PixelCache, i, im):
+    "Decode the opened image i and keep it; None, and nothing done, where it cannot be kept."
+    if not 0 < self.bytes(im) <= self.place: return None
+    x = decode_whole(im)
+    if x.nbytes <= self.place:                            # headers may lie
+        self.pixels[i].numpy()[:x.nbytes] = x.reshape(-1)
+        self.sizes.numpy()[i] = x.shape[:2]                # only now can others see it
+    return x
 
 # %% ../nbs/06a_files.ipynb #01ccdba3
 _extensions = {ext for ext, kind in mimetypes.types_map.items() if kind.startswith('image/')}

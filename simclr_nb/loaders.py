@@ -88,9 +88,10 @@ def train_dls(
     seed:int=0,
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     device=None, # where batches go; None: fastai's default
+    cache:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
 )->CropLoaders:
     "Loaders of crops for fastai's `Learner`."
-    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers), device)
+    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache), device)
 
 # %% ../nbs/08c_loaders.ipynb #99caa54a
 def make_dls(data, augment, seed, num_workers):
