@@ -25,7 +25,8 @@ def made(folder, n=12, sides=((40, 60), (70, 70), (64, 64))):
 
 def items(dataset, epochs=(0, 1, 2)): return [dataset[epoch, i] for epoch in epochs for i in range(len(dataset))]
 
-def same(a, b): return torch.equal(a[0], b[0]) and a[0].stride() == b[0].stride() and (a[1] == b[1]).all() and a[2:] == b[2:]
+def same(a, b):
+    return torch.equal(a[0], b[0]) and a[0].stride() == b[0].stride() and (a[1] == b[1]).all() and a[2:] == b[2:]
 
 def without_files(dataset):
     "Whether each image is still there once its file is gone."
