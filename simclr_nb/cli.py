@@ -61,6 +61,7 @@ class SpeedAndMemory:
     compile_mode: Literal['default', 'reduce-overhead', 'max-autotune'] = how('default') # of torch.compile
     memory_format: Literal['channels_last', 'contiguous_format'] = how('channels_last') # of views and weights
     num_workers: Workers = how(None) # processes that decode, for each that trains; None: one per core
+    cache: Natural = how(0) # megabytes of memory for decoded images, for sets that fit; 0: none
     processes: AnyCount = how(None) # for --dry-run: processes that share a batch; None: as many as torchrun started
 
 # %% ../nbs/14_cli.ipynb #edfc827c

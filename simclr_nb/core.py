@@ -218,13 +218,18 @@ def pixels(
     return torch.from_numpy(x).permute(2, 0, 1)
 
 # %% ../nbs/00a_core.ipynb #148886c8
+def can_send(device):
+    "Do copies to and from a device without waiting arrive whole? On Apple's GPUs nothing says when they have."
+    return torch.device(device).type != 'mps'
+
 def send(
     x:Tensor,
     device,
 )->Tensor:
     "A tensor on its way to a device; nobody waits until it has arrived."
-    if x.device.type != 'cpu' or torch.device(device).type == 'cpu': return x.to(device)
-    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
+    device = torch.device(device)
+    if x.device.type != 'cpu' or device.type == 'cpu': return x.to(device)
+    return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=can_send(device))
 
 # %% ../nbs/00a_core.ipynb #005a2a07
 @contextmanager

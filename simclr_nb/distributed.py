@@ -164,16 +164,29 @@ class GlobalBatchNorm2d(_Global, nn.BatchNorm2d): "`nn.BatchNorm2d` with the sta
 # %% ../nbs/07_distributed.ipynb #b9d34d9b
 _global = {nn.BatchNorm1d: GlobalBatchNorm1d, nn.BatchNorm2d: GlobalBatchNorm2d}
 
-def global_batch_norm(
-    model:nn.Module, # changed in place, before `DistributedDataParallel` takes it
-)->nn.Module: # the model
-    "Give every batch norm the statistics of all processes; in one process nothing changes."
+def _own_global(model):
     for m in model.modules():
         if isinstance(m, _BatchNorm) and not isinstance(m, (_Global, nn.SyncBatchNorm)):
             kind = type(m)
             if kind not in _global: _global[kind] = type(f'Global{kind.__name__}', (_Global, kind), {})
             m.__class__ = _global[kind]
     return model
+
+def _sync_global(model):
+    where = sorted({p.device.type for p in model.parameters()} - {'cuda', 'xpu'})
+    if where:
+        raise ValueError(f"PyTorch's SyncBatchNorm works on GPUs, and the network is on {', '.join(where)}: "
+                         "move it there first, or take implementation='own'")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+def global_batch_norm(
+    model:nn.Module, # changed in place, before `DistributedDataParallel` takes it
+    implementation:str='own', # the classes above, on any device; 'torch': PyTorch's `SyncBatchNorm`, on GPUs
+)->nn.Module: # the model
+    "Give every batch norm the statistics of all processes; in one process nothing changes."
+    if implementation not in ('own', 'torch'):
+        raise ValueError(f"implementation is 'own' or 'torch', got {implementation!r}")
+    return _own_global(model) if implementation == 'own' else _sync_global(model)
 
 # %% ../nbs/07_distributed.ipynb #9a125fb9
 def any_rank(

@@ -23,7 +23,7 @@ from fastai.torch_core import no_random, to_device, trainable_params
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
-from .core import eval_mode, get_rank, get_world_size, unwrap
+from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views
 from .encoder import build_encoder, feature_dim, save_encoder as write_encoder
 from .projection import SimCLR, projection_head
@@ -98,7 +98,8 @@ class SimCLRLearner(Learner):
         finally: self.start += self.step
     def _set_device(self, b):
         "As fastai's, but what lies in pinned memory is not waited for."
-        return to_device(b, next(self.model.parameters()).device, non_blocking=True)
+        device = next(self.model.parameters()).device
+        return to_device(b, device, non_blocking=can_send(device))
     def _with_events(self, f, event_type, *args, **kwargs):
         "As fastai's; callbacks with an `after_failed_fit` undo what they did where a fit ends in an error."
         try: super()._with_events(f, event_type, *args, **kwargs)
@@ -172,6 +173,7 @@ def simclr_learner(
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     micro_batch:int|None=None, # images that go through the network at a time: less memory, more time
     grad_checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
+    cache:float=0, # megabytes of memory for decoded images, as in `train_loader`
     memory_format=None, # of views and network; None: torch.channels_last, which is faster, unless `arch` is a module
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `optimizer`
 )->SimCLRLearner: # with `pretrain`, `show_batch`, `save_encoder` and all of fastai's
@@ -192,7 +194,7 @@ def simclr_learner(
     else:
         splitter = param_groups if optimizer == 'lars' else trainable_params
         kwargs |= dict(opt_func=optimizers[optimizer], splitter=splitter)
-    dls = make_dls(images, augment, seed, num_workers)
+    dls = make_dls(images, augment, seed, num_workers, cache)
     metrics = ContrastiveMetrics(temperature)
     learn = _learner(dls, model, loss, metrics.metrics(),
         [ViewsCallback(augment, seed, memory_format), metrics], kwargs.pop('metrics', None), **kwargs)

@@ -94,11 +94,11 @@ def train_dls(
     return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache), device)
 
 # %% ../nbs/08c_loaders.ipynb #99caa54a
-def make_dls(data, augment, seed, num_workers):
+def make_dls(data, augment, seed, num_workers, cache=0):
     "The `DataLoaders` that are given, or new ones for a set of images."
     if not isinstance(data, DataLoaders):
         if len(data) < 2: raise ValueError(f'contrastive learning needs at least 2 images, got {len(data)}')
-        return train_dls(data, augment, min(256, len(data)), seed, num_workers)
+        return train_dls(data, augment, min(256, len(data)), seed, num_workers, cache=cache)
     if not isinstance(data, CropLoaders) and not isinstance(data.train, FastaiLoader):
         raise TypeError(f'the DataLoaders hold a {type(data.train).__name__}; simclr_learner takes loaders of fastai, '
                         'or those of train_dls')

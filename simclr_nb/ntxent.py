@@ -142,9 +142,9 @@ def check_temperature(
         if temperature.numel() != 1:
             raise ValueError(f'the temperature is one number, got a tensor of shape {tuple(temperature.shape)}')
         temperature = temperature.reshape(())
-    value = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    if not is_traced() and not 0 < float(value) < math.inf:
-        raise ValueError(f'the temperature must be above 0 and finite, got {float(value)}')
+        if is_traced() or not temperature.is_cpu: return temperature      # a GPU would have to be waited for
+    value = float(temperature)
+    if not 0 < value < math.inf: raise ValueError(f'the temperature must be above 0 and finite, got {value}')
     return temperature
 
 def check_projections(
@@ -197,10 +197,14 @@ def _check_chunk(chunk, device):
     return chunk
 
 # %% ../nbs/04_ntxent.ipynb #5e17df10
+def _is_moderate(temperature):
+    "Is it known to be at least 1/64, so that no exponential overflows? A tensor on a GPU is not looked at."
+    return (not isinstance(temperature, Tensor) or temperature.is_cpu) and temperature >= 1/64
+
 def _in_blocks(z, keys, first, temperature, chunk, triangle):
     "The loss, in the cheaper of the two ways that fit."
     def gives_gradient(q): return torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
-    if triangle and temperature >= 1/64 and len(z) > 2:
+    if triangle and _is_moderate(temperature) and len(z) > 2:
         q = z/temperature**.5
         return _WithGradient.apply(partial(_triangle, chunk, gives_gradient(q)), q)
     q = z/temperature

@@ -120,7 +120,8 @@ def make_learner(
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, s.arch, augment=augment, head=s.head, projection_dim=s.projection_dim,
         temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
-        micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, memory_format=getattr(torch, s.memory_format))
+        micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
+        memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
     if s.compile:

@@ -12,6 +12,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import AvgSmoothLoss, Metric
 from fastai.torch_core import find_bs
+from .core import can_send
 from .distributed import mean_over_ranks
 
 # %% ../nbs/08d_waiting.ipynb #699832bb
@@ -20,7 +21,8 @@ class Late:
     def __init__(self): self.value = self.arrived = None
     def put(self, x:torch.Tensor):
         "Send it, and go on."
-        self.value = x.detach().clone() if x.device.type == 'cpu' else x.detach().to('cpu', non_blocking=True)
+        x = x.detach()
+        self.value = x.clone() if x.device.type == 'cpu' else x.to('cpu', non_blocking=can_send(x.device))
         if not x.is_cuda: return
         self.arrived = torch.cuda.Event()
         self.arrived.record()

@@ -93,3 +93,15 @@ def test_workers_fill_one_cache(tmp_path, method):
     assert all(without_files(loader.dataset))
     for a, b in zip(got, batches(images, num_workers=0)[1], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_learner_takes_the_same_steps_with_a_cache(tmp_path):
+    from simclr_nb.learner import simclr_learner
+    losses, images = [], ImageSet(made(tmp_path))
+    for cache in (0, 1):
+        learn = simclr_learner(images, 'resnet18_0.125x', augment=augment, num_workers=0, cache=cache)
+        with learn.no_bar(), learn.no_logging(): learn.pretrain(2, 4, lr=.1)
+        losses.append([float(loss) for loss in learn.recorder.losses])
+        kept = learn.dls.train.dataset.cache
+        assert (kept is not None and bool((kept.sizes[:, 0] > 0).any())) == bool(cache)
+    assert len(losses[0]) == 6 and losses[0] == losses[1]

@@ -1,8 +1,10 @@
 "A training step asks the device nothing; where there is no GPU, a device that pretends to be one counts the questions."
+import socket
 from contextlib import contextmanager
+from datetime import timedelta
 from unittest import mock
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 import pretend
@@ -178,7 +180,11 @@ def test_the_loss_looks_at_itself_on_a_cpu_or_when_told():
         loss = nt_xent(there)
         assert mode.waits == []
         with pytest.raises(ValueError, match='not finite'): nt_xent(there, check=True)
-    assert loss.inner.isnan()
+        mode.waits.clear()
+        z, tau = torch.rand(8, 4), torch.tensor(.1)
+        learned = nt_xent(z.to('pretend', non_blocking=True), tau.to('pretend', non_blocking=True))
+        assert mode.waits == []
+    assert loss.inner.isnan() and torch.isclose(learned.inner, nt_xent(z, tau))
 
 
 def test_late_reads_what_was_sent():
@@ -206,6 +212,35 @@ def test_short_messages_take_the_way_between_cpus(config, where):
         assert host_or('meta') == where
         if where == 'cpu': assert any_rank(True, 'meta') and not any_rank(False, 'meta')
     assert seen == ['cpu', 'cpu']*(where == 'cpu')
+
+
+def one_of_two(rank, folder, port):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))
+    try:
+        with pretend.Pretend() as mode:
+            z = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)).to('pretend').requires_grad_()
+            mode.waits.clear()
+            loss = nt_xent(z, gather=gather_rows)
+            loss.backward()
+            stops, waits = (any_rank(rank == 1, z.device), any_rank(False, z.device)), list(mode.waits)
+            with pytest.raises(ValueError, match='rank 0: 2x8 float32, rank 1: 4x8 float32'):
+                gather_rows(z[:2 + 2*rank])
+        torch.save(dict(loss=loss.item(), waits=waits, stops=stops), f'{folder}/{rank}.pt')
+    finally: dist.destroy_process_group()
+
+
+def test_two_processes_agree_without_waiting_for_their_devices(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.start_processes(one_of_two, (str(tmp_path), port), nprocs=2, start_method='spawn')
+    found = [torch.load(tmp_path/f'{rank}.pt') for rank in range(2)]
+    rows = [torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+    together = torch.cat([r[:2] for r in rows] + [r[2:] for r in rows])
+    assert sum(f['loss'] for f in found)/2 == pytest.approx(nt_xent(together).item(), rel=1e-5)
+    assert [f['waits'] for f in found] == [[], []] and [f['stops'] for f in found] == [(True, False)]*2
 
 
 # On a GPU PyTorch counts
