@@ -97,7 +97,7 @@ def decoding(files):
 
 def spread(values, digits=2):
     "Median, quartiles, and the ends."
-    low, _, high = statistics.quantiles(values, n=4, method='inclusive')
+    low, high = np.quantile(values, [.25, .75])
     named = dict(median=statistics.median(values), quartiles=[low, high], ends=[min(values), max(values)])
     return {k: np.round(v, digits).tolist() for k, v in named.items()}
 

@@ -92,7 +92,8 @@ def test_every_part_is_in_the_results(folder, results):
         assert part['status'] in ('ok', 'left out'), part
         assert 'result' in part or part['reason'], part
         assert f'| {name} | {part["status"]} |' in table
-    for name in ('step', 'loss', 'optim'): assert results['parts'][name]['status'] == 'ok'
+    for name in ('step', 'loss', 'optim', 'pipeline'): assert results['parts'][name]['status'] == 'ok'
+    assert 'ours_images_per_s' in table and results['parts']['pipeline']['result']['ours_images_per_s']['median'] > 0
     assert results['parts']['optim']['result']['ms']['ours'] > 0
     assert results['machine']['torch'] and results['machine']['date'] and results['tiny']
     limits = sum(part['limit'] for part in results['parts'].values())

@@ -195,7 +195,8 @@ def markdown(facts):
     if r := results.get('optim'): lines += ['## LARS, ms', '', *table(r['ms'], [r['ms'].values()])]
     for name in ('pipeline', 'cifar', 'tests'):
         if r := results.get(name):
-            flat = {k: v for k, v in r.items() if isinstance(v, (int, float, str))}
+            medians = {k: v['median'] if isinstance(v, dict) and 'median' in v else v for k, v in r.items()}
+            flat = {k: v for k, v in medians.items() if isinstance(v, (int, float, str))}
             lines += [f'## {name}', '', *table(flat, [flat.values()])]
     return '\n'.join(lines)
 
