@@ -325,6 +325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simclr_nb.data.TwoCropDataset.unreadable_files': ( 'data.html#twocropdataset.unreadable_files',
                                                                                     'simclr_nb/data.py'),
                                 'simclr_nb.data.TwoCropDataset.views': ('data.html#twocropdataset.views', 'simclr_nb/data.py'),
+                                'simclr_nb.data._Loader': ('data.html#_loader', 'simclr_nb/data.py'),
+                                'simclr_nb.data._Loader.__iter__': ('data.html#_loader.__iter__', 'simclr_nb/data.py'),
                                 'simclr_nb.data._cifar_augmentations': ('data.html#_cifar_augmentations', 'simclr_nb/data.py'),
                                 'simclr_nb.data._class_names': ('data.html#_class_names', 'simclr_nb/data.py'),
                                 'simclr_nb.data._fastai_set': ('data.html#_fastai_set', 'simclr_nb/data.py'),

@@ -310,6 +310,7 @@ def batch(self:StepSampler, step:int)->list[tuple]: # (epoch, i) of each image
 
 # %% ../nbs/06_data.ipynb #793834f9
 import multiprocessing, signal, threading
+from multiprocessing import resource_tracker
 
 def leave_with_trainer():
     "End when the process that trains sends SIGTERM or is gone; others who send SIGTERM to a whole group mean that one."
@@ -325,6 +326,14 @@ def ignore_signals(worker:int):
     if not hasattr(signal, 'sigtimedwait'): return          # macOS
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=leave_with_trainer, daemon=True).start()
+class _Loader(DataLoader):
+    "Its workers are born with SIGTERM blocked: threads that start before `ignore_signals` must not die of it."
+    def __iter__(self):
+        if not (self.num_workers and hasattr(signal, 'sigtimedwait')): return super().__iter__()
+        if multiprocessing.get_start_method() != 'fork': resource_tracker.ensure_running()      # it unblocks SIGTERM
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try: return super().__iter__()
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/06_data.ipynb #4cd010b0
 def train_loader(
@@ -338,7 +347,7 @@ def train_loader(
     "Batches of crops for training, shuffled by key; `loader.batch_sampler.step` is where the next pass starts."
     workers = default_workers(num_workers)
     dataset = TwoCropDataset(images, augment, seed, cache)
-    return DataLoader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
+    return _Loader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
         num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,
         generator=torch.Generator())                      # starting workers draws no random number of others
@@ -382,5 +391,5 @@ def eval_loader(
 )->DataLoader: # batches (images (B, 3, size, size) uint8, indices (B,)), in order, unreadable files left out
     "A loader for evaluation."
     dataset = EvalDataset(images, size, crop)
-    return DataLoader(dataset, batch_size, num_workers=default_workers(num_workers), collate_fn=dataset.collate,
+    return _Loader(dataset, batch_size, num_workers=default_workers(num_workers), collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals, generator=torch.Generator())

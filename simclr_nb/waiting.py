@@ -34,9 +34,9 @@ class Late:
 
 # %% ../nbs/08d_waiting.ipynb #155ba5bf
 class SmoothLoss(AvgSmoothLoss):
-    "fastai's smooth average of the losses, kept on their device."
+    "fastai's smooth average of the losses of all processes, kept on their device."
     def accumulate(self, learn):
-        loss = learn.loss.detach().mean()
+        loss = mean_over_ranks(learn.loss.detach().mean())
         before = self.val if self.count else torch.zeros_like(loss)
         self.count += 1
         self.val = torch.lerp(loss, before, self.beta)

@@ -56,10 +56,19 @@ def run(f, args, kwargs):
 
 
 class Pretend(TorchDispatchMode):
-    "While it is on, the device `pretend` can be used; `waits` lists what would wait, with the line that asked."
+    "While it is on, there is a device `pretend`; `waits` lists what would wait, with the line that asked."
+    active = 0 # how many are on: otherwise PyTorch must not believe in the device
     def __init__(self):
         super().__init__()
         self.waits, self.counting = [], True
+
+    def __enter__(self):
+        Pretend.active += 1
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        Pretend.active -= 1
+        return super().__exit__(*args)
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -102,8 +111,8 @@ def who():
 
 class _Module:
     "What PyTorch asks of a device's module."
-    def device_count(self): return 1
-    def is_available(self): return True
+    def device_count(self): return Pretend.active
+    def is_available(self): return Pretend.active > 0
     def current_device(self): return 0
     def is_initialized(self): return True
     def _lazy_init(self): pass
@@ -118,8 +127,10 @@ class _Module:
 def register():
     "Once in a process."
     if torch._C._get_privateuse1_backend_name() == 'pretend': return
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-    _setup_privateuseone_for_python_backend('pretend', backend_module=_Module())
+    from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+    class Hook(_DummyPrivateUse1Hook):
+        def is_available(self): return Pretend.active > 0
+    _setup_privateuseone_for_python_backend('pretend', backend_module=_Module(), hook=Hook())
 
 
 def waits_per_step(learn, steps=4, lr=.1, views=True, **kwargs):

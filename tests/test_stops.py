@@ -31,6 +31,14 @@ def images(tmp_path_factory):
     return ImageSet(files, np.arange(32) % 4, list('abcd'))
 
 
+def test_elsewhere_nobody_believes_in_the_device():
+    assert not torch.get_device_module('pretend').is_available()
+    if not torch.cuda.is_available(): assert not torch.accelerator.is_available()
+    with pretend.Pretend(): assert torch.get_device_module('pretend').is_available()
+    model = torch.nn.DataParallel(torch.nn.Linear(2, 2))    # asks which devices there are
+    assert next(model.parameters()).device.type == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
 def learner(images, **kwargs):
     learn = simclr_learner(images, **dict(arch='resnet18_0.125x', size=32, num_workers=0) | kwargs)
     learn.set_batch_size(8)
