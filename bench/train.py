@@ -32,8 +32,8 @@ def pictures(args):
     from simclr_nb.data import load_images, train_test_splits
     rng = np.random.default_rng(0)                         # the same images whatever the seed of the run
     def some(images, idxs): return images.subset([int(i) for i in idxs])
-    if load_images(args.data).labels is None:
-        images = load_images(args.data)
+    images = load_images(args.data)
+    if images.labels is None:
         return some(images, np.resize(rng.permutation(len(images)), args.images)), {}
     train, test = train_test_splits(args.data)
     order = rng.permutation(len(train))

@@ -46,8 +46,8 @@ class SanityChecks(Callback):
         self.settle()
         self.coming.put(self.grad_norm)
         self.asked_at = f'step {self.step} (epoch {self.epoch})'
-        on_cpu = self.grad_norm.device.type == 'cpu'
-        if not (self.late or self.late is None and not on_cpu): self.settle('stopped before it reached the weights')
+        late = self.grad_norm.device.type != 'cpu' if self.late is None else self.late
+        if not late: self.settle('stopped before it reached the weights')
     def settle(self, what='the weights have it by now, and no checkpoint does: go on from the last one'):
         "Look at the last gradient norm that nobody has looked at."
         norm = self.coming.get()

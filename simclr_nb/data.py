@@ -224,6 +224,7 @@ def _first_readable(self:TwoCropDataset, epoch, i):
     raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
                    f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
 
+# %% ../nbs/06_data.ipynb #2ff4da38
 @patch
 def views(self:TwoCropDataset, epoch, i):
     "(crops, params) of image i in an epoch."
@@ -326,6 +327,8 @@ def ignore_signals(worker:int):
     if not hasattr(signal, 'sigtimedwait'): return          # macOS
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=leave_with_trainer, daemon=True).start()
+
+# %% ../nbs/06_data.ipynb #bd4747c6
 class _Loader(DataLoader):
     "Its workers are born with SIGTERM blocked: threads that start before `ignore_signals` must not die of it."
     def __iter__(self):

@@ -125,6 +125,7 @@ class Jpeg(NamedTuple):
     @property
     def height(self): return self.size[1]
 
+# %% ../nbs/06a_files.ipynb #0c842af5
 _plain = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE3, 0xED), 0xEF}                      # segments that change nothing
 _known = {0xE0: (b'JFIF\0', 14), 0xE2: (b'ICC_PROFILE\0', 14), 0xEE: (b'Adobe', 12)}    # and their least length
 
@@ -228,6 +229,7 @@ def _cut_small(rgb, k, boxes, size):
     x = torch.frombuffer(bytearray().join(crops), dtype=torch.uint8)
     return x.view(len(boxes), size, size, 3).permute(0, 3, 1, 2)
 
+# %% ../nbs/06a_files.ipynb #bb9fffa8
 def decode_crops(
     im, # opened, not yet decoded; Pillow's image is closed afterwards, which frees its pixels early
     boxes, # (left, top, right, bottom) in pixels of the upright image
