@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from simclr_nb import cli
-from simclr_nb.callbacks import read_history
+from simclr_nb.callbacks import History, read_history
 from simclr_nb.resume import load_state
 
 STEPS = 18
@@ -62,6 +62,15 @@ def filling_at(call):
     return full
 
 
+def slow_steps(seconds):
+    "History.after_batch after which there is time to send a signal, however busy the machine is."
+    write_line = History.after_batch
+    def slow(self):
+        write_line(self)
+        time.sleep(seconds)
+    return slow
+
+
 def a_run(images, out, how, changes, seen):
     "`simclr pretrain` in a process of its own; what it prints goes to a file."
     torch.set_num_threads(1)
@@ -69,6 +78,7 @@ def a_run(images, out, how, changes, seen):
     sys.stdout = sys.stderr = open(seen, 'a', buffering=1)
     if how.get('kill_write'): os.fsync = killing_in(how['kill_write'])
     if how.get('full'): os.fsync = filling_at(how['full'])
+    if how.get('slow'): History.after_batch = slow_steps(how['slow'])
     cli.main(arguments(images, out, **changes))
 
 
@@ -219,7 +229,7 @@ def test_other_images_are_refused(processes, images, place):
 
 def test_sigterm_saves_and_leaves(processes, images, place, straight):
     out = place/'term'
-    process = start(processes, images, out, save_every=1000)
+    process = start(processes, images, out, dict(slow=.5), save_every=1000)
     while steps_logged(out) < 5: time.sleep(.02)
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 128 + signal.SIGTERM
@@ -246,6 +256,19 @@ cli.main([*sys.argv[2:], '--overwrite'])
 '''
 
 
+slow_script = '''
+import sys, time, torch
+from simclr_nb import cli
+from simclr_nb.callbacks import History
+write_line = History.after_batch
+def slow(self):
+    write_line(self)
+    time.sleep(.5)
+History.after_batch = slow
+cli.main(sys.argv[1:])
+'''
+
+
 def torchrun(log, *args):
     "Two processes; what they say goes to a file."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *map(str, args)]
@@ -267,15 +290,16 @@ def test_torchrun_starts_the_group_again_where_it_was(images, place):
 def test_torchrun_from_the_command_line_and_sigterm(images, place, straight):
     "The same files as one process, whether in one go or told to stop and started again."
     out = place/'cluster'
-    command = '-m', 'simclr_nb', *arguments(images, out, save_every=1000)
+    (place/'slow.py').write_text(slow_script)
+    options = arguments(images, out, save_every=1000)
     log = place/'cluster.txt'
-    job = torchrun(log, *command)
+    job = torchrun(log, place/'slow.py', *options)
     while job.poll() is None and steps_logged(out) < 3: time.sleep(.05)
     job.send_signal(signal.SIGTERM)
     job.wait(100)
     assert 'stopped as asked' in log.read_text(), log.read_text()
     step = int(checkpoints_of(out)[-1].name.split('-')[1])
-    assert torchrun(log, *command).wait(200) == 0, log.read_text()
+    assert torchrun(log, '-m', 'simclr_nb', *options).wait(200) == 0, log.read_text()
     assert report(out)['resumed_from_step'] == step and report(out)['steps'] == STEPS
     names = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob('*') if p.suffix != '.pt'}
     assert names(out) == names(straight)
