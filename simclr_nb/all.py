@@ -23,7 +23,8 @@ from .memory import checkpoint_activations, memory_per_device
 from .callbacks import OnlineEval, OnlineProbe, read_history
 from .resume import Checkpoints
 from .learner import SimCLRLearner, simclr_learner, supervised_learner
-from .features import extract_features, find_near_duplicates, knn_evaluator
+from .features import extract_features, knn_evaluator
+from .duplicates import find_near_duplicates
 from .pictures import html_map, plot_history, plot_map, plot_neighbors, project_2d
 from .linear import compare, linear_evaluation, permutation_test
 from .logistic import logistic_regression

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['metrics', 'NotFinite', 'check_features', 'extract_features', 'nearest', 'knn_predict', 'check_classes',
-           'nearest_to_each', 'accuracy', 'balanced_accuracy', 'map11', 'knn_evaluator', 'find_near_duplicates',
-           'singular_values', 'effective_rank']
+           'nearest_to_each', 'accuracy', 'balanced_accuracy', 'map11', 'NeighborChoice', 'choose_neighbors',
+           'knn_evaluator', 'singular_values', 'effective_rank']
 
 # %% ../nbs/09_features.ipynb #02bd59db
-import math, os
-from collections import defaultdict
+import json, math, os
+from contextlib import ExitStack
 from pathlib import Path
 from sys import float_info
+from typing import NamedTuple
 
 import torch.nn.functional as F, numpy as np, torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from .core import digest, eval_mode
-from .data import stratified_split, BadImage, ImageSet, default_workers, eval_loader, open_image
+from .core import eval_mode, write_json
+from .data import stratified_split, BadImage, ImageSet, default_workers, eval_loader
 from .store import FeatureStore, extraction_facts
 
 # %% ../nbs/09_features.ipynb #bf771d6c
@@ -43,10 +43,14 @@ def _loader(images, size, crop, batch_size, num_workers, transform):
     return DataLoader(_Transformed(images, transform), batch_size, collate_fn=_readable,
                       num_workers=default_workers(num_workers), generator=torch.Generator())
 
-def _joined(batches, n):
-    batches = list(batches)
-    if not batches: raise ValueError(f'none of the {n} images could be read')
-    return tuple(torch.cat(t) for t in zip(*batches))
+def _joined(batches, n, device):
+    "The features of at most n images as one tensor, written batch by batch, so that there is never a second copy."
+    h, idxs, row = None, torch.empty(n, dtype=torch.long), 0
+    for part, i in batches:
+        if h is None: h = torch.empty(n, part.shape[1], device=device)
+        h[row:row + len(i)], idxs[row:row + len(i)], row = part, i, row + len(i)
+    if h is None: raise ValueError(f'none of the {n} images could be read')
+    return h[:row], idxs[:row]
 
 def _bar(batches):
     from fastprogress.fastprogress import progress_bar
@@ -100,36 +104,46 @@ def check_features(
                     f'the first is row {first}: {source}')
 
 # %% ../nbs/09_features.ipynb #5937ec55
-def _check_output(h, images, idxs):
+def _check_output(h, images, idxs, name=''):
     "The output of an encoder for the images `idxs`."
     if isinstance(h, Tensor) and h.ndim == 2:
         bad = idxs[~h.isfinite().all(1).cpu()].tolist()
         if not bad: return
-        raise NotFinite(f'the features of {len(bad)} of {len(h)} images are not finite (NaN or infinite), the first is '
+        raise NotFinite(f'the features{name} of {len(bad)} of {len(h)} images are not finite (NaN or infinite), the first is '
                         f'{printable(images.files[bad[0]])}: did training diverge, are the weights damaged, '
                         'or is the precision too low?')
     got = f'a tensor {tuple(h.shape)}' if isinstance(h, Tensor) else f'a {type(h).__name__}'
     advice = 'Pool and flatten its output.'
     if isinstance(h, tuple): advice = 'A SimCLR model returns (h, z): pass its encoder, model.encoder.'
     raise ValueError('an encoder turns images (B, 3, size, size) into features (B, d), '
-                     f'this module returns {got}. {advice}')
+                     f'this module{name} returns {got}. {advice}')
+
+# %% ../nbs/09_features.ipynb #b4eb44ef
+def _embed(encoder, x, images, idxs, name=''):
+    "Features (B, d) float32 of a batch; integers from 0 to 255 become fractions."
+    like = next(encoder.parameters(), torch.empty(0))
+    x = x.to(like.device)
+    h = encoder(x.to(like.dtype)/(1 if x.is_floating_point() else 255))
+    if isinstance(h, Tensor): h = h.float()
+    _check_output(h, images, idxs, name)
+    return h
 
 @torch.no_grad()
-def _features(encoder, loader, images):
-    "Features and indices, batch by batch; integers from 0 to 255 become fractions."
-    like = next(encoder.parameters(), torch.empty(0))
-    with eval_mode(encoder):
+def _features(encoders, loader, images, widths):
+    "Features of all encoders side by side, and indices, batch by batch; `widths` becomes name to number of columns."
+    with ExitStack() as stack:
+        for encoder in encoders.values(): stack.enter_context(eval_mode(encoder))
         for x, i in loader:
             if not len(i): continue
-            scale = 1 if x.is_floating_point() else 255
-            h = encoder(x.to(like.device, like.dtype)/scale)
-            if isinstance(h, Tensor): h = h.float()
-            _check_output(h, images, i)
-            yield h.cpu(), i
+            names = {name: f' of {name}' if len(encoders) > 1 else '' for name in encoders}
+            parts = {name: _embed(e, x, images, i, names[name]) for name, e in encoders.items()}
+            widths.update((name, h.shape[1]) for name, h in parts.items())
+            device = max((h.device for h in parts.values()), key=lambda d: d.type != 'cpu')
+            yield torch.cat([h.to(device) for h in parts.values()], 1), i
 
 # %% ../nbs/09_features.ipynb #cdbfc13a
 def extract_features(
-    encoder:nn.Module, # (B, 3, size, size) in [0, 1] to (B, d)
+    encoder, # (B, 3, size, size) in [0, 1] to (B, d); or a dict of several by name, for which each image is read once
     images:ImageSet,
     size:int, # side, pixels
     crop:float=1., # fraction of the shorter side to keep, .01 to 1; .875 for ImageNet
@@ -138,19 +152,36 @@ def extract_features(
     transform=None, # upright RGB image to (3, size, size), in place of size and crop
     out:str|Path|None=None, # folder for features that do not fit into memory
     progress:bool=False, # show a bar
-)->tuple: # features (n, d) float32 on the CPU, and the indices (n,) of the images they belong to
+    device='cpu', # where the features are collected
+)->tuple: # features (n, d) float32, or a dict of them, and the indices (n,) of the images they belong to
     "The representation of every readable image, with the encoder frozen in evaluation mode."
     if not len(images): raise ValueError('there are no images to extract features from: the set is empty')
     check_number('size', size, 1, whole=True)
     check_number('crop', crop, .01, 1)
     check_number('batch_size', batch_size, 1, whole=True)
+    several = isinstance(encoder, dict)
+    encoders, widths = encoder if several else {'': encoder}, {}
     def batches(part):
         loader = _loader(part, size, crop, batch_size, num_workers, transform)
-        return _features(encoder, _bar(loader) if progress else loader, part)
-    if out is not None:
-        store = FeatureStore(out, extraction_facts(encoder, images, size, crop, transform))
-        return store.fill(images, batches)
-    return _joined(batches(images), len(images))
+        return _features(encoders, _bar(loader) if progress else loader, part, widths)
+    if out is None: h, idxs = _joined(batches(images), len(images), device)
+    else: h, idxs = _stored(encoders, images, batches, widths, out, (size, crop, transform))
+    if not several: return h, idxs
+    return dict(zip(widths, h.split(list(widths.values()), 1))), idxs
+
+# %% ../nbs/09_features.ipynb #98152715
+def _stored(encoders, images, batches, widths, out, how):
+    "Features in a folder, and indices; the numbers of columns of several encoders are kept beside them."
+    if len(encoders) == 1: facts = extraction_facts(*encoders.values(), images, *how)
+    else: facts = extraction_facts(nn.ModuleList(encoders.values()), images, *how)
+    columns = Path(out)/'columns.json'
+    def noted(part):
+        for batch in batches(part):
+            if len(encoders) > 1 and not columns.exists(): write_json(columns, widths)
+            yield batch
+    h, idxs = FeatureStore(out, facts).fill(images, noted)
+    if len(encoders) > 1: widths |= dict(zip(encoders, json.loads(columns.read_text()).values()))
+    return h, idxs
 
 # %% ../nbs/09_features.ipynb #400cab0b
 def _topk(s, k, group=32): # s (m, n), n a multiple of group
@@ -277,6 +308,46 @@ def map11(
 # %% ../nbs/09_features.ipynb #746e3370
 metrics = {'top-1': accuracy, 'balanced accuracy': balanced_accuracy, '11-point mAP': map11}
 
+# %% ../nbs/09_features.ipynb #7400c538
+class NeighborChoice(NamedTuple):
+    "How nearest neighbors vote, and what it was chosen from."
+    k:int # voters
+    temperature:float # of their weights
+    tried:dict # (k, temperature) to the metric that it reached among the training images
+
+# %% ../nbs/09_features.ipynb #2118d475
+@torch.no_grad()
+def _others(bank, queries, k): # indices `queries` into the bank
+    "The k nearest of each query among the others: cosines and indices."
+    sims, idxs = nearest(bank, bank[queries], k + 1)
+    own = idxs == queries.to(idxs.device)[:, None]
+    own[~own.any(1), -1] = True
+    return sims[~own].view(-1, k), idxs[~own].view(-1, k)
+
+def choose_neighbors(
+    bank:Tensor, # (n, d) features of the training images
+    labels, # (n,) their classes, integers
+    ks=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), # numbers of voters to choose from, those below n
+    temperatures=(.02, .05, .1, .2, .5, math.inf),
+    most:int=4000, # images that are classified by the others, at most
+    seed:int=0, # which ones
+    metric=balanced_accuracy, # decides: true and predicted classes to a number
+)->NeighborChoice:
+    "The number of neighbors and the temperature with which the training images classify each other best."
+    bank, labels = check_features(bank, 'the bank'), check_classes(labels, len(bank))
+    if len(bank) < 3: raise ValueError(f'a choice of neighbors takes 3 images or more, got {len(bank)}')
+    some = torch.from_numpy(np.random.default_rng(seed).permutation(len(bank))[:most])
+    sims, idxs = _others(bank, some, min(max(ks), len(bank) - 1))
+    classes, numbers = labels.unique(return_inverse=True)
+    votes, truth = numbers.to(idxs.device)[idxs], numbers[some].numpy()
+    def reached(k, temperature):
+        weights = ((sims[:, :k] - sims[:, :1])/temperature).exp()
+        sums = sims.new_zeros(len(sims), len(classes)).scatter_add_(1, votes[:, :k], weights)
+        return metric(truth, sums.argmax(1).cpu().numpy())
+    fits = [k for k in ks if k < len(bank)] or [1]
+    tried = {(k, t): reached(k, t) for k in fits for t in temperatures}
+    return NeighborChoice(*max(tried, key=lambda option: (tried[option], option)), tried)
+
 # %% ../nbs/09_features.ipynb #3d41d267
 def knn_evaluator(
     images:ImageSet, # labeled training images; a quarter are queries, the others are searched
@@ -298,45 +369,6 @@ def knn_evaluator(
         guess = knn_predict(h, bank.labels[i.numpy()], q, min(k, len(h)))
         return 100*balanced_accuracy(queries.labels[j.numpy()], guess)
     return evaluate
-
-# %% ../nbs/09_features.ipynb #5bbaf94b
-def _thumbnail(file): # (768,) float32, NaN where the file cannot be read
-    try: return np.asarray(open_image(file).resize((16, 16), Image.BOX), np.float32).ravel()
-    except BadImage: return np.full(768, np.nan, np.float32)
-
-def _thumbnails(images): return torch.from_numpy(np.stack([_thumbnail(f) for f in images.files]))
-
-def _same_pictures(a, b, correlation, distance): # thumbnails (n, 768) and (m, 768)
-    "Pairs of indices into a and b."
-    centered = [(t - t.mean(1, keepdim=True)).nan_to_num() for t in (a, b)]
-    sims, idxs = nearest(*centered, min(5, len(a)))
-    near = (a[idxs] - b[:, None]).square().mean(2).sqrt() <= distance
-    at, place = (near & (sims >= correlation)).nonzero(as_tuple=True)
-    return {(int(i), int(j)) for i, j in zip(idxs[at, place], at)}
-
-# %% ../nbs/09_features.ipynb #2e29c1a1
-def _content(file): # 32 digits, None where the file cannot be read
-    try: return digest([file.read_bytes()])
-    except OSError: return None
-
-def _same_bytes(train, test):
-    "Pairs of indices of files that are equal byte by byte."
-    known = defaultdict(list)
-    for i, f in enumerate(train.files): known[_content(f)].append(i)
-    known.pop(None, None)
-    return {(i, j) for j, f in enumerate(test.files) for i in known.get(_content(f), ())}
-
-# %% ../nbs/09_features.ipynb #dec9737e
-def find_near_duplicates(
-    train:ImageSet, test:ImageSet,
-    correlation:float=.999, # of two thumbnails, at least
-    distance:float=4., # between two thumbnails, root mean square, gray levels of 255, at most
-)->list: # of (training file, test file, 'bytes' or 'picture')
-    "The test images that are among the training images, under whatever name, format and size."
-    same = _same_bytes(train, test)
-    alike = _same_pictures(_thumbnails(train), _thumbnails(test), correlation, distance) - same
-    found = [('bytes', *pair) for pair in sorted(same)] + [('picture', *pair) for pair in sorted(alike)]
-    return [(train.files[i], test.files[j], how) for how, i, j in found]
 
 # %% ../nbs/09_features.ipynb #06f7dfa4
 def singular_values(

@@ -18,7 +18,8 @@ from .core import atomic_write, shown, write_json
 from .encoder import encoder_info
 from .data import load_images, presets
 from .callbacks import read_history
-from .features import balanced_accuracy, extract_features, find_near_duplicates, knn_predict, metrics
+from .features import balanced_accuracy, extract_features, knn_predict, metrics
+from .duplicates import find_near_duplicates
 from .pictures import (html_map, markdown_table, nearest_to_each, plot_alignment_uniformity, plot_confusion,
     plot_label_fractions, plot_map, plot_neighbors, plot_scores, plot_spectrum, project_2d, protocol_names, save_figure)
 from .linear import check_labels, classification_report, linear_evaluation, permutation_test

@@ -6,7 +6,8 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from simclr_nb.data import BadImage, ImageSet, load_images
-from simclr_nb.features import accuracy, effective_rank, extract_features, find_near_duplicates, knn_predict, nearest
+from simclr_nb.duplicates import find_near_duplicates
+from simclr_nb.features import accuracy, effective_rank, extract_features, knn_predict, nearest
 
 
 def cells(n): return load_images('solar_cells').subset(range(n))
