@@ -333,7 +333,9 @@ class _Loader(DataLoader):
     "Its workers are born with SIGTERM blocked: threads that start before `ignore_signals` must not die of it."
     def __iter__(self):
         if not (self.num_workers and hasattr(signal, 'sigtimedwait')): return super().__iter__()
-        if multiprocessing.get_start_method() != 'fork': resource_tracker.ensure_running()      # it unblocks SIGTERM
+        method = (self.multiprocessing_context or multiprocessing).get_start_method()
+        if method == 'forkserver': self.multiprocessing_context = 'spawn'    # all that a server starts would be deaf
+        if method != 'fork': resource_tracker.ensure_running()               # it unblocks SIGTERM
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try: return super().__iter__()
         finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -50,6 +50,20 @@ if __name__ == '__main__':
     time.sleep(60)
 '''
 
+others = common + '''
+if __name__ == '__main__':
+    mp.set_start_method(sys.argv[2])
+    loader = train_loader(folder_images(make(4)), simclr_augmentations(32), batch_size=2, num_workers=1)
+    for batch in loader: pass
+    other = mp.Process(target=time.sleep, args=(60,))
+    other.start()
+    time.sleep(1)
+    other.terminate()
+    other.join(20)
+    print('exit code', other.exitcode)
+    other.kill()
+'''
+
 def started(tmp_path, script, method):
     "A script that runs in a process group of its own."
     file = tmp_path/'script.py'
@@ -92,3 +106,9 @@ def test_workers_leave_with_the_process_that_trains_and_not_before(tmp_path, met
         process.kill()
         process.communicate(timeout=30)                  # the pipe is open as long as a worker is there
     finally: end_all(process)
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+def test_other_processes_of_the_program_still_hear_sigterm(tmp_path, method):
+    said = output(started(tmp_path, others, method), 120)
+    assert said.strip() == f'exit code {-signal.SIGTERM}', said
