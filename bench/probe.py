@@ -1,7 +1,9 @@
-"""Evaluation beside other libraries: 45 logistic regressions beside scikit-learn's, nearest neighbors beside lightly's.
+"""Evaluation beside other libraries: 45 logistic regressions beside scikit-learn's, nearest neighbors beside lightly's;
+and all of `simclr evaluate` beside its encoders alone.
 
     python bench/probe.py                          # CIFAR-10 if it is there, else crops of solar cells
-    python bench/probe.py --data solar_cells --skip knn
+    python bench/probe.py --data solar_cells --parts logistic
+    python bench/probe.py --parts evaluate --arch resnet50
 
 Features of real images, from a ResNet-18 that has not been trained; kept in the system's temporary folder for the next
 run. Prints JSON.
@@ -203,6 +205,55 @@ def knn(args):
         ratio_time_lightly=round(middle['lightly']/middle['ours'], 2))
 
 
+def linked(images, folder, n):
+    "n images of a set as links, in a folder for each class."
+    import numpy as np
+    for i in np.random.default_rng(0).permutation(len(images))[:n]:
+        place = folder/images.classes[images.labels[i]]
+        place.mkdir(parents=True, exist_ok=True)
+        (place/f'{i}{images.files[i].suffix}').symlink_to(images.files[i].resolve())
+
+
+def bare(encoders, x):
+    "Seconds for all images, which are in memory as they come from the loader."
+    import torch
+    start = time.perf_counter()
+    with torch.no_grad():
+        for encoder in encoders:
+            for batch in x.split(256): encoder(batch/255)
+    return time.perf_counter() - start
+
+
+def evaluation(args):
+    "The command on n images, 4/5 of them for training, beside its two networks on the same images in memory."
+    import torch
+    from simclr_nb.data import eval_loader, folder_images, train_test_splits
+    from simclr_nb.encoder import build_encoder, save_encoder
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        for part, images, n in zip(('train', 'test'), train_test_splits(args.data), (4*args.n//5, args.n//5)):
+            linked(images, d/'images'/part, n)
+        encoders = [build_encoder(args.arch, 32).eval() for _ in range(2)]
+        save_encoder(encoders[0], d/'run/encoder.safetensors')
+        loader = [eval_loader(folder_images(d/'images'/part), 32) for part in ('train', 'test')]
+        x = torch.cat([batch for part in loader for batch, _ in part])
+        first = bare(encoders, x)
+        command = ['-m', 'simclr_nb', 'evaluate', d/'run/encoder.safetensors', d/'images', '--out', d/'report']
+        env = os.environ | dict(OMP_NUM_THREADS=str(args.threads))
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
+        took = time.perf_counter() - start
+        if done.returncode: sys.exit(f'simclr evaluate failed:\n{done.stderr}')
+        alone = statistics.mean([first, bare(encoders, x)])                # before and after, for a busy moment
+    return dict(data=args.data, images=len(x), arch=args.arch, threads=args.threads, seconds=round(took, 1),
+                images_per_second=round(len(x)/took, 1), encoders_alone_seconds=round(alone, 1),
+                ratio_encoders_alone=round(alone/took, 2))
+
+
+parts = dict(logistic=logistic, knn=knn, evaluate=evaluation)
+
+
 def arguments():
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument('--data', help='labeled images; default: cifar10 if it is there, else solar_cells')
@@ -218,7 +269,8 @@ def arguments():
     ask.add_argument('--k', type=int, default=200, help='neighbors; 200 is what lightly takes')
     ask.add_argument('--rounds', type=int, default=3, help='processes for each contestant, in turns, for the medians')
     ask.add_argument('--threads', type=int, default=cpus())
-    ask.add_argument('--skip', choices=('knn', 'logistic'), help='leave out one half')
+    ask.add_argument('--arch', default='resnet18', help='network of the whole evaluation, at 32 pixels')
+    ask.add_argument('--parts', type=lambda text: text.split(','), default=list(parts), help='which: ' + ', '.join(parts))
     ask.add_argument('--only', choices=('ours', 'lightly'), help=argparse.SUPPRESS)
     return ask.parse_args()
 
@@ -229,5 +281,4 @@ if __name__ == '__main__':
         print(json.dumps(neighbors(args.only, args)))
         sys.exit()
     args.data = args.data or best_source()
-    halves = {name: run for name, run in dict(logistic=logistic, knn=knn).items() if name != args.skip}
-    print(json.dumps({name: run(args) for name, run in halves.items()}, indent=1))
+    print(json.dumps({name: parts[name](args) for name in args.parts}, indent=1))

@@ -138,9 +138,12 @@ def learning_rate(text:str)->float: return checked('a rate', text, Annotated[flo
 # %% ../nbs/14_cli.ipynb #8c286dff
 @dataclass(kw_only=True)
 class Input:
-    encoder: Positional[str] # folder of a run, encoder file, or timm name such as timm/resnet50.a1_in1k
-    # labeled images: a folder with one subfolder for each class, or solar_cells, cifar10, imagenette
-    data: Positional[str]
+    # first an encoder (folder of a run, encoder file, or timm name such as timm/resnet50.a1_in1k), or several runs
+    # that differ in their seed; last the labeled images (a folder with one subfolder for each class, or solar_cells,
+    # cifar10, imagenette)
+    encoders_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER… DATA')]
+    # what they are compared with: pixels, pca, untrained, supervised, or any other encoder
+    baselines: several(str) = ('pixels', 'pca', 'untrained')
     layer: Literal['h', 'z'] = 'h' # features: h, or z behind the projection head
     # fraction of a test image's shorter side to keep; None: 1, for timm its own
     crop: Annotated[AnyFloat, 'at least 0.05', 'at most 1'] = None
@@ -149,8 +152,9 @@ class Input:
 class Protocols:
     protocol: several(str, 'knn', 'logreg', 'linear', 'finetune') = ('knn', 'logreg') # which, with commas between
     label_fractions: several(fraction) = (1.,) # as in 0.01,0.1,1; or files that list the labeled images, one a line
-    seeds: several(seed) = (0,) # as in 0,1,2: each draws labels and trains anew
-    k: Count = 20 # neighbors that vote
+    seeds: several(seed) = (0, 1, 2) # each draws labels and trains anew
+    k: AnyCount = None # neighbors that vote; None: chosen for each encoder, with the temperature, on training images
+    rates: several(learning_rate) = () # of linear and finetune, to choose from; the paper's, or four for small sets
     linear_epochs: Epochs = None # None: 90; fewer than 10,000 images: 30, or 10 from half of the labels on
     # None: 60 below 5% of the labels, else 30; fewer than 10,000 images: 10 from half of the labels on
     finetune_epochs: Epochs = None
@@ -158,25 +162,32 @@ class Protocols:
 # %% ../nbs/14_cli.ipynb #7279b843
 @dataclass(kw_only=True)
 class Report:
-    out: AnyText = None # folder of the report; None: the run's, or runs/NAME-evaluation
+    out: AnyText = None # folder of the report; None: that of a single run, or runs/NAME-evaluation
     leaks: Flag = False # look for test images among the training images even if there are more than 100,000
     num_workers: Workers = None # processes that decode; None: one per core
     traceback: Flag = False # show where an error comes from
 
 @dataclass(kw_only=True)
 class Evaluate(Input, Protocols, Report):
-    "Measure what an encoder has learned: neighbors, linear classifiers, fine-tuning, beside an untrained network."
+    "Measure what an encoder has learned: neighbors, linear classifiers, fine-tuning, beside baselines."
+    @property
+    def encoders(self): return self.encoders_data[:-1]
+    @property
+    def data(self): return self.encoders_data[-1]
 
 # %% ../nbs/14_cli.ipynb #fb5000d8
 def evaluate(s:Evaluate):
     "The command `simclr evaluate`."
     check_settings(s)
+    if len(s.encoders_data) < 2: raise ValueError('give an encoder or several runs, and last the labeled images')
     from simclr_nb.data import train_test_splits
     from simclr_nb.linear import check_labels
-    from simclr_nb.candidates import evaluation_folder, find_encoder
+    from simclr_nb.protocols import run_protocols
+    from simclr_nb.candidates import check_repetitions, evaluation_folder, find_encoder
     from simclr_nb.folder import read_json
-    from simclr_nb.report import as_markdown, make_suite, remarks, report_facts, run_protocols, write_report
-    began, found = time.perf_counter(), find_encoder(s.encoder)
+    from simclr_nb.report import as_markdown, make_suite, remarks, report_facts, write_report
+    began, found = time.perf_counter(), [find_encoder(name) for name in s.encoders]
+    check_repetitions(found)
     out = evaluation_folder(s.out, found, s.data)
     read_json(out/'report.json')                               # if it is damaged, this is an error now
     train, test = train_test_splits(s.data)
@@ -186,7 +197,7 @@ def evaluate(s:Evaluate):
     reasons = '; '.join(f'{what}: {why}' for what, why in skipped.items())
     if not rows: raise ValueError(f'no protocol could be run: {reasons}')
     facts = report_facts(suite, found, rows, skipped, s)
-    write_report(out, facts, rows, suite, found.run)
+    write_report(out, facts, rows, suite, found[0].run)
     print('', as_markdown(facts['scores'], facts['paper']), '', *remarks(facts), sep='\n')
     print(f'report: {out/"report.json"} and report.md, pictures: {out/"figures"}; {time.perf_counter() - began:.0f} s')
 
@@ -215,7 +226,7 @@ def transfer(s:Transfer):
     from simclr_nb.candidates import evaluation_folder, find_encoder
     from simclr_nb.table8 import run_transfer, write_transfer
     found = find_encoder(s.encoder)
-    out = evaluation_folder(s.out, found, s.root)
+    out = evaluation_folder(s.out, [found], s.root)
     rows, left_out = run_transfer(found, out, s)
     text = write_transfer(out, found, rows, left_out, s)
     print('', text, f'report: {out/"transfer.json"} and transfer.md', sep='\n')

@@ -110,6 +110,13 @@ def read_description(
     return description
 
 # %% ../nbs/00a_core.ipynb #8fc62ec1
+class TooFewImages(ValueError):
+    "A set has too few images for what is to be done with it; another set may have enough."
+
+def plural(n:int, one:str, many:str|None=None)->str:
+    "1 image, 1,000 images."
+    return f'{n:,} {one if n == 1 else many or one + "s"}'
+
 def listing(
     names, # strings or paths
     most:int=6, # this many are named

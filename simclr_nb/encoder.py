@@ -192,6 +192,15 @@ def feature_dim(
     if size is None and known: return known
     return _probed_dim(unwrap(encoder), 224 if size is None else size)
 
+# %% ../nbs/02_encoder.ipynb #85ea27b7
+def safe_layout(
+    net:nn.Module,
+    layout=torch.channels_last, # the one that is wanted
+): # torch.channels_last or torch.contiguous_format
+    "The layout of memory, contiguous for a network that channels_last would break on a CPU."
+    def thin(m): return isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16
+    return torch.contiguous_format if any(map(thin, net.modules())) else layout
+
 # %% ../nbs/02_encoder.ipynb #6ca13cb4
 _NAMES = [f'resnet{d}{w}' for d in _LAYOUT for w in ('', '_2x', '_4x')]
 _ACCEPTED = ('Accepted: resnet18, 34, 50, 101, 152, also with a width as in resnet50_2x; '

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch.nn.functional as F, numpy as np, torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from .core import eval_mode, write_json
+from .core import TooFewImages, eval_mode, write_json
 from .data import stratified_split, BadImage, ImageSet, default_workers, eval_loader
 from .store import FeatureStore, extraction_facts
 
@@ -177,10 +177,10 @@ def _stored(encoders, images, batches, widths, out, how):
     columns = Path(out)/'columns.json'
     def noted(part):
         for batch in batches(part):
-            if len(encoders) > 1 and not columns.exists(): write_json(columns, widths)
+            if len(encoders) > 1 and not columns.exists(): write_json(columns, list(widths.values()))
             yield batch
     h, idxs = FeatureStore(out, facts).fill(images, noted)
-    if len(encoders) > 1: widths |= dict(zip(encoders, json.loads(columns.read_text()).values()))
+    if len(encoders) > 1: widths |= dict(zip(encoders, json.loads(columns.read_text())))
     return h, idxs
 
 # %% ../nbs/09_features.ipynb #400cab0b
@@ -327,7 +327,7 @@ def _others(bank, queries, k): # indices `queries` into the bank
 def choose_neighbors(
     bank:Tensor, # (n, d) features of the training images
     labels, # (n,) their classes, integers
-    ks=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), # numbers of voters to choose from, those below n
+    ks=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), # numbers of voters to choose from; n - 1 at most
     temperatures=(.02, .05, .1, .2, .5, math.inf),
     most:int=4000, # images that are classified by the others, at most
     seed:int=0, # which ones
@@ -335,7 +335,7 @@ def choose_neighbors(
 )->NeighborChoice:
     "The number of neighbors and the temperature with which the training images classify each other best."
     bank, labels = check_features(bank, 'the bank'), check_classes(labels, len(bank))
-    if len(bank) < 3: raise ValueError(f'a choice of neighbors takes 3 images or more, got {len(bank)}')
+    if len(bank) < 3: raise TooFewImages(f'a choice of neighbors takes 3 images or more, got {len(bank)}')
     some = torch.from_numpy(np.random.default_rng(seed).permutation(len(bank))[:most])
     sims, idxs = _others(bank, some, min(max(ks), len(bank) - 1))
     classes, numbers = labels.unique(return_inverse=True)
@@ -344,7 +344,7 @@ def choose_neighbors(
         weights = ((sims[:, :k] - sims[:, :1])/temperature).exp()
         sums = sims.new_zeros(len(sims), len(classes)).scatter_add_(1, votes[:, :k], weights)
         return metric(truth, sums.argmax(1).cpu().numpy())
-    fits = [k for k in ks if k < len(bank)] or [1]
+    fits = sorted({min(k, len(bank) - 1) for k in ks})
     tried = {(k, t): reached(k, t) for k in fits for t in temperatures}
     return NeighborChoice(*max(tried, key=lambda option: (tried[option], option)), tried)
 

@@ -25,7 +25,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views
-from .encoder import build_encoder, feature_dim, save_encoder as write_encoder
+from .encoder import build_encoder, feature_dim, safe_layout, save_encoder as write_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import check_temperature, nt_xent
 from .lars import LARS, learning_rate, param_groups, schedule_plan
@@ -188,7 +188,9 @@ def simclr_learner(
     if memory_format is None:                             # a module of the user's may not take channels_last
         memory_format = torch.channels_last if isinstance(arch, str) else torch.contiguous_format
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
-    model = _model(arch, size, head, projection_dim, seed, micro_batch).to(memory_format=memory_format)
+    model = _model(arch, size, head, projection_dim, seed, micro_batch)
+    memory_format = safe_layout(model, memory_format)
+    model.to(memory_format=memory_format)
     if grad_checkpoint: checkpoint_activations(model.encoder)
     if 'opt_func' in kwargs: optimizer = None
     else:
@@ -364,7 +366,8 @@ def supervised_learner(
         model = nn.Sequential(encoder, nn.Linear(feature_dim(encoder, size), classes))
     dls = train_dls(images, augment, batch_size, seed, num_workers)
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
-    return _learner(dls, model.to(memory_format=torch.channels_last), loss, [metric], [ViewsCallback(augment, seed)],
+    layout = safe_layout(model)
+    return _learner(dls, model.to(memory_format=layout), loss, [metric], [ViewsCallback(augment, seed, layout)],
         kwargs.pop('metrics', None), **kwargs)
 
 # %% ../nbs/08_learner.ipynb #5c72ad68

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from .core import TooFewImages
 from .features import accuracy, check_classes, check_features, to_numpy
 
 # %% ../nbs/10a_logistic.ipynb #241ffc2f
@@ -214,8 +215,12 @@ def _beyond(tried, end, n=8):
     inner = grid[1] if end == grid[0] else grid[-2]
     return [end*(end/inner)**i for i in range(1, n + 1)]
 
-def _choose(reach, l2, extensions=3):
-    "The best penalty by `reach` (penalties to what they reach), whether it is at an end, and all that were tried."
+def choose_penalty(
+    reach, # a function of a list of penalties to what each of them reaches, a list
+    l2:list, # penalties to choose from, ascending
+    extensions:int=3, # times that the grid may grow
+)->tuple: # the best, whether it is at an end, and penalty to what it reached
+    "The best penalty; the grid grows at an end where a better one may lie beyond."
     tried = dict(zip(l2, reach(l2)))
     best, end = choose_from(tried)
     for _ in range(extensions):
@@ -232,11 +237,12 @@ def _choose(reach, l2, extensions=3):
 def logistic_regression(
     h:Tensor, # (n, d) features of the training images
     y, # (n,) their classes, 0 to C - 1
-    seed:int=0, # of the split that chooses
+    seed:int=0, # of the splits that choose
     l2:Tensor=l2_grid, # penalties λ to choose from; extended where the best is at an end of three or more
     balanced:bool=False, # classes weigh the same however many images they have
     metric=accuracy, # decides: true and predicted classes to a number
     held_out:float=.2, # fraction of the training images that decides
+    splits:int|None=None, # how many times it is drawn; None: 5 where it has fewer than 500 images, else 1
     standardize:bool=True, # each feature with mean 0 and variance 1 on the training images
 )->LogisticProbe:
     "Logistic regression, its penalty chosen on a part of the training images."
@@ -246,24 +252,30 @@ def logistic_regression(
     weight = (1/y.bincount().double())[y] if balanced else None
     mean, std = feature_scale(h) if standardize else (torch.zeros_like(h[0]), torch.ones_like(h[0]))
     x = (h - mean)/std
-    a, b = _held_out(y, held_out, seed)
+    parts = _held_out(y, held_out, seed, splits)
     def reach(penalties):
-        path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a])
-        guesses = [(x[b].to(W) @ W + c).argmax(1).cpu().numpy() for W, c in zip(path.weights, path.bias)]
-        return [metric(y[b].numpy(), g) for g in guesses]
-    best, at_edge, tried = _choose(reach, np.asarray(l2, float).flatten().tolist())
+        return np.mean([_reached(x, y, weight, a, b, penalties, metric) for a, b in parts], 0).tolist()
+    best, at_edge, tried = choose_penalty(reach, np.asarray(l2, float).flatten().tolist())
     last = logistic_path(x, y, [best], weight)
     weights = last.weights[0]/std[:, None]
     bias, grid = last.bias[0] - mean @ weights, np.array(sorted(tried))
     return LogisticProbe(weights, bias, best, grid, np.array([tried[s] for s in grid]), at_edge)
 
 # %% ../nbs/10a_logistic.ipynb #a1d61b16
-def _held_out(y, fraction, seed): # indices of the two parts
+def _reached(x, y, weight, a, b, penalties, metric): # a and b: indices of those that train and of those that decide
+    "What each penalty reaches on held-out images."
+    path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a])
+    guesses = [(x[b].to(W) @ W + c).argmax(1).cpu().numpy() for W, c in zip(path.weights, path.bias)]
+    return [metric(y[b].numpy(), g) for g in guesses]
+
+def _held_out(y, fraction, seed, splits): # pairs of indices
+    "Those that train and those that decide, several times."
     if y.bincount().min() < 2:
         single = (y.bincount() == 1).nonzero().flatten().tolist()
-        raise ValueError(f'choosing a penalty needs 2 images of every class or more; there is one of {single}')
+        raise TooFewImages(f'choosing a penalty needs 2 images of every class or more; there is one of {single}')
     n = max(len(y.unique()), int(fraction*len(y)))
-    return train_test_split(np.arange(len(y)), test_size=n, random_state=seed, stratify=y.numpy())
+    again = np.random.SeedSequence(seed).generate_state(splits or (5 if n < 500 else 1))
+    return [train_test_split(np.arange(len(y)), test_size=n, random_state=int(s), stratify=y.numpy()) for s in again]
 
 # %% ../nbs/10a_logistic.ipynb #7c623f6a
 def linear_scores(

@@ -24,7 +24,7 @@ from .features import check_features, effective_rank, nearest, nearest_to_each, 
 protocol_names = dict(knn='nearest neighbors', logreg='logistic regression',
                       linear='linear, by SGD', finetune='fine-tuned')
 
-colors = {'pixels': '.75', 'untrained': '.5', 'simclr': '#1f77b4',
+colors = {'pixels': '.75', 'pca': '.6', 'untrained': '.4', 'supervised': '#8c564b', 'simclr': '#1f77b4',
           'right': '#1f77b4', 'wrong': '#ff7f0e', 'unknown': '.7',
           'alignment': '#2ca02c', 'uniformity': '#9467bd'}
 
@@ -52,11 +52,11 @@ def _legend_beside(ax, **kwargs):
 
 # %% ../nbs/09a_pictures.ipynb #aee3da8d
 def plot_scores(
-    scores:dict, # {protocol: {encoder: percent}}, as from `compare`
+    scores:dict, # {protocol: {encoder: percent}}, as from `compare`; or (percent, low, high) in place of percent
 ): # the figure
     "Bars of balanced accuracy, one group for each protocol."
     names = list(dict.fromkeys(n for s in scores.values() for n in s))
-    fig, ax = plt.subplots(figsize=(2.4 + 1.3*len(scores), 2.6), layout='constrained')
+    fig, ax = plt.subplots(figsize=(2.4 + max(1.3, .4*len(names))*len(scores), 2.6), layout='constrained')
     for j, name in enumerate(names): _score_bars(ax, scores, name, j, len(names))
     labels = [protocol_names[p].replace(', ', ',\n') for p in scores]
     _plain(ax, xticks=range(len(scores)), xticklabels=labels, ylabel='balanced accuracy, %', ylim=(0, 100))
@@ -67,7 +67,10 @@ def _score_bars(ax, scores, name, j, n):
     "The bars of encoder j of n, one in each group that has it."
     there = [(i, s[name]) for i, s in enumerate(scores.values()) if name in s]
     x = [i + (j - (n - 1)/2)*.8/n for i, _ in there]
-    bars = ax.bar(x, [v for _, v in there], .75/n, label=printable(name), color=colors.get(name))
+    mean, low, high = np.array([v if isinstance(v, tuple) else (v, v, v) for _, v in there]).T
+    error = [mean - low, high - mean] if (high > low).any() else None
+    bars = ax.bar(x, mean, .75/n, yerr=error, error_kw=dict(lw=1, ecolor='.2'), label=printable(name),
+                  color=colors.get(name))
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
 
 # %% ../nbs/09a_pictures.ipynb #98f1ef35
@@ -219,13 +222,14 @@ def _annotate(ax, percent, classes):
 
 # %% ../nbs/09a_pictures.ipynb #c1313a48
 def plot_label_fractions(
-    curves:dict, # name to {fraction of the labels: (mean, standard deviation)}, accuracies in percent
+    curves:dict, # name to {fraction of the labels: (mean, standard deviation) or (mean, low, high)}, percent
 ): # the figure
     "Accuracy against the fraction of labels used, one line for each method."
     fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
     for j, (name, points) in enumerate(curves.items()):
-        x, (mean, sd) = sorted(points), np.array([points[p] for p in sorted(points)]).T
-        ax.errorbar(100*np.array(x), mean, sd, fmt='os^Dv'[j % 5] + '-', ms=5, capsize=3,
+        x, (mean, *bars) = sorted(points), np.array([points[p] for p in sorted(points)]).T
+        error = bars[0] if len(bars) == 1 else [mean - bars[0], bars[1] - mean]
+        ax.errorbar(100*np.array(x), mean, error, fmt='os^Dv'[j % 5] + '-', ms=5, capsize=3,
                     label=printable(name), color=colors.get(name, plt.cm.tab10(j)))
     ticks = sorted({100*x for points in curves.values() for x in points})
     _plain(ax, xscale='log', xlabel='labeled images used, %', ylabel='balanced accuracy, %')

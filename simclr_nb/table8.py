@@ -17,7 +17,7 @@ from .features import map11
 from .pictures import markdown_table
 from .linear import permutation_test
 from .transfer import pretrained_grid, random_grid, transfer, transfer_sets
-from .candidates import Found, untrained
+from .candidates import Found, transform_of, untrained
 
 # %% ../nbs/14e_table8.ipynb #30a1fda9
 paper_transfer = { # (network, protocol): SimCLR on the sets in the order of `transfer_sets`; tables B.5 and 8
@@ -51,7 +51,7 @@ def transfer_rows(
             for encoder, r in results.items():
                 p = None if encoder == main else p_value(metric, results[main], r)
                 rows.append(dict(protocol=protocol, set=name, metric=metric, encoder=encoder, percent=r[metric],
-                                 chosen=r['chosen'], paper=paper, p=p))
+                                 chosen=r['chosen'], at_edge=r.get('at_edge', []), paper=paper, p=p))
     return rows
 
 # %% ../nbs/14e_table8.ipynb #996688e0
@@ -102,7 +102,8 @@ def run_transfer(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'left out')                # the report says it
         table = transfer(encoders, s.root, info['size'], names, s.protocol, transfer_grids(encoders, s),
-            seed=s.seed, num_workers=s.num_workers, keep=out/'transfer', log=print)
+            seed=s.seed, num_workers=s.num_workers, transform=transform_of(found.encoder), keep=out/'transfer',
+            log=print)
     left_out = table['left_out']
     if len(left_out) == len(names):
         reasons = '; '.join(f'{n}: {why}' for n, why in left_out.items())
@@ -121,6 +122,8 @@ def write_transfer(
     write_json(out/'transfer.json', dict(scores=rows, left_out=left_out, settings=settings))
     parts = [transfer_markdown(rows),
         f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
+    edges = [f'{r["set"]}, {r["protocol"]}, {r["encoder"]}' for r in rows if r['at_edge']]
+    if edges: parts.append(f'Chosen at the end of its grid, a better value may lie beyond: {"; ".join(edges)}.')
     if left_out: parts.append(f'Left out: {", ".join(left_out)}.')
     text = '\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n'
     atomic_write(out/'transfer.md', text.encode(errors='backslashreplace'))

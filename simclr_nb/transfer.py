@@ -26,7 +26,7 @@ from .data import ImageSet, folder_images, stratified_split
 from .store import extraction_facts
 from .features import extract_features, printable
 from .linear import check_sets, classification_report, joined
-from .logistic import l2_grid, linear_scores
+from .logistic import choose_penalty, l2_grid, linear_scores
 from .labels import finetune
 
 # %% ../nbs/12_transfer.ipynb #a9259114
@@ -186,20 +186,20 @@ def transfer_linear(
     fit=linear_scores, # (features, labels, l2) to a function of other features to their scores, a list by penalty
     fraction:float=.2, seed:int=0, # of training images held out, where the set brings none for validation
     num_workers:int|None=None,
-)->dict: # as from `classification_report`, with 'idxs', 'chosen' and 'tried'
+    transform=None, # as in `extract_features`
+)->dict: # as from `classification_report`, with 'idxs', 'chosen', 'tried' and 'at_edge'
     "Logistic regression on frozen features, its penalty chosen on validation images."
     train, val, test = splits['train'], splits['val'], splits['test']
     check_sets(train if val is None else joined(train, val), test)
     if val is None: train, val = stratified_split(train, fraction, seed)
     def features(s):
-        h, i = extract_features(encoder, s, size, crop, num_workers=num_workers)
+        h, i = extract_features(encoder, s, size, crop, num_workers=num_workers, transform=transform)
         return h, s.labels[i.numpy()], i.numpy()
     (a, ya, _), (b, yb, _), (t, yt, idxs) = map(features, (train, val, test))
-    reports = [classification_report(r.cpu(), yb) for r in fit(a, ya, l2)(b)]
-    tried = {float(s): r[metric] for s, r in zip(l2, reports)}
-    best = max(tried, key=tried.get)
+    def reach(penalties): return [classification_report(r.cpu(), yb)[metric] for r in fit(a, ya, penalties)(b)]
+    best, at_edge, tried = choose_penalty(reach, np.asarray(l2, float).tolist())
     scores = fit(torch.cat([a, b]), np.concatenate([ya, yb]), [best])(t)[0]
-    return classification_report(scores.cpu(), yt) | dict(idxs=idxs, chosen=best, tried=tried)
+    return classification_report(scores.cpu(), yt) | dict(idxs=idxs, chosen=best, tried=tried, at_edge=[best]*at_edge)
 
 # %% ../nbs/12_transfer.ipynb #6c10b01a
 pretrained_grid = dict(lr=np.logspace(-4, -1, 7), wd=[0., *np.logspace(-6, -3, 7)], steps=20_000)
@@ -247,6 +247,7 @@ def transfer(
     crop:float=.875, # of the test images of 'finetuned'; 'linear' takes them whole
     linear:dict|None=None, # other arguments of `transfer_linear`
     seed:int=0, num_workers:int|None=None,
+    transform=None, # of test images, and of all images of 'linear', as in `extract_features`
     keep:str|Path|None=None, # folder for results, so that the same call goes on where it was interrupted
     log=None, # called with a line of text for each result
 )->dict: # protocol to data set to encoder to results; and 'left_out': data set to reason
@@ -261,8 +262,9 @@ def transfer(
         args = (linear or {}) if p == 'linear' else dict(crop=crop) | grids.get(w, pretrained_grid)
         images = reduce(joined, filter(None, splits.values()))
         facts = [__version__, size, seed, args, _labeling(splits),
-                 extraction_facts(encoders[w], images, size, crop, None)]
-        run = partial(_transfer_one, p, encoders[w], splits, metric, size, seed=seed, num_workers=num_workers, **args)
+                 extraction_facts(encoders[w], images, size, crop, transform)]
+        run = partial(_transfer_one, p, encoders[w], splits, metric, size, seed=seed,
+            num_workers=num_workers, transform=transform, **args)
         try: out[p][n][w] = _kept(keep, f'{n}-{p}-{w}', facts, run)
         except ValueError as e: raise ValueError(f'{n}, {p}, {w}: {e}') from e
         if log: log(f'{n}, {p}, {w}: {out[p][n][w][metric]:.1f} ({metric})')

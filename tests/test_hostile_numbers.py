@@ -108,7 +108,7 @@ def learner(folder, **kwargs):
         x = np.random.default_rng(i).integers(0, 255, (32, 32, 3)).astype(np.uint8)
         Image.fromarray(x).save(folder/f'{i:02}.png')
     images, augment = ImageSet(sorted(folder.glob('*.png'))), simclr_augmentations(32)
-    return simclr_learner(images, 'resnet18_0.125x', augment=augment, num_workers=0, **kwargs)
+    return simclr_learner(images, 'resnet18_0.25x', augment=augment, num_workers=0, **kwargs)
 
 
 def test_a_compiled_encoder_with_activation_checkpointing_takes_the_same_steps(tmp_path):

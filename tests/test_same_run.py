@@ -8,6 +8,7 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from torch import nn
 
+import faults
 from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data import folder_images
 from simclr_nb.learner import simclr_learner
@@ -67,14 +68,24 @@ def foreign_loaders(folder):
     return raw.losses
 
 
-def a_process(rank, world, port, folder):
+def join(rank, world, port):
     torch.set_num_threads(1)
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost',
                           MASTER_PORT=str(port))
+
+
+def a_process(rank, world, port, folder):
+    join(rank, world, port)
     results = dict(double=train(folder, True, .1), single=train(folder, False, .003, 64, temperature=1.),
                    foreign=foreign_loaders(folder))
     torch.save(results, f'{folder}.{world}.{rank}')
+
+
+def a_wrong_process(rank, port, folder, fault):
+    join(rank, 2, port)
+    faults.plant(fault)
+    torch.save(train(folder, True, .1), f'{folder}.{fault}.{rank}')
 
 
 def free_port():
@@ -101,6 +112,7 @@ def runs(tmp_path_factory):
         for p in processes: p.join(300)
         assert [p.exitcode for p in processes] == [0]*world
         results[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
+    results['folder'] = str(folder)
     return results
 
 
@@ -113,6 +125,21 @@ def test_the_weights_agree_in_double_precision(runs, world):
         weights = result['double']['weights']
         for k, v in one['weights'].items():
             torch.testing.assert_close(weights[k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
+
+
+@pytest.mark.parametrize('fault', faults.faults)
+def test_a_wrong_gradient_is_seen(runs, fault):
+    "Each of these bugs trains, and its losses fall; only the comparison with one process tells."
+    context, port, folder = mp.get_context('forkserver'), free_port(), runs['folder']
+    processes = [context.Process(target=a_wrong_process, args=(rank, port, folder, fault)) for rank in range(2)]
+    for p in processes: p.start()
+    for p in processes: p.join(300)
+    assert [p.exitcode for p in processes] == [0, 0]
+    wrong, one = torch.load(f'{folder}.{fault}.0'), runs[1][0]['double']
+    apart = max((wrong['weights'][k] - v).abs().max() for k, v in one['weights'].items() if v.is_floating_point())
+    assert apart > 1e-3, f'after {STEPS} steps the weights differ by {apart:.1e} only'
+    losses = np.array([wrong['losses'], one['losses']])
+    assert abs(losses[0] - losses[1]).max() > 1e-3, 'so does the loss, which anybody can watch'
 
 
 @pytest.mark.parametrize('world', [2, 4])
