@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(sort $(wildcard nbs/tutorials/*.ipynb)) $(wildcard nbs/index.ipynb)
 
 DEMO_PRETRAIN = $(RUN)/simclr pretrain --recipe solar_cells --out runs/demo --overwrite
-DEMO_EVALUATE = $(RUN)/simclr evaluate runs/demo solar_cells
+DEMO_EVALUATE = $(RUN)/simclr evaluate runs/demo solar_cells --label-fractions 0.01,0.1,1 --seeds 0,1,2,3,4
 
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1~/p' Makefile | awk -F~ '{printf "%-18s %s\n", $$1, $$2}'

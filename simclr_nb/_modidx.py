@@ -1091,6 +1091,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'simclr_nb.report.remarks': ('report.html#remarks', 'simclr_nb/report.py'),
                                   'simclr_nb.report.report_facts': ('report.html#report_facts', 'simclr_nb/report.py'),
                                   'simclr_nb.report.seen_unlabeled': ('report.html#seen_unlabeled', 'simclr_nb/report.py'),
+                                  'simclr_nb.report.where_to_look': ('report.html#where_to_look', 'simclr_nb/report.py'),
                                   'simclr_nb.report.write_report': ('report.html#write_report', 'simclr_nb/report.py')},
             'simclr_nb.resume': { 'simclr_nb.resume.Checkpoints': ('resume.html#checkpoints', 'simclr_nb/resume.py'),
                                   'simclr_nb.resume.Checkpoints.__init__': ('resume.html#checkpoints.__init__', 'simclr_nb/resume.py'),

@@ -185,7 +185,7 @@ def evaluate(s:Evaluate):
     from simclr_nb.protocols import run_protocols
     from simclr_nb.candidates import check_repetitions, evaluation_folder, find_encoder
     from simclr_nb.folder import read_json
-    from simclr_nb.report import as_markdown, make_suite, remarks, report_facts, write_report
+    from simclr_nb.report import as_markdown, make_suite, remarks, report_facts, where_to_look, write_report
     began, found = time.perf_counter(), [find_encoder(name) for name in s.encoders]
     check_repetitions(found)
     out = evaluation_folder(s.out, found, s.data)
@@ -199,7 +199,8 @@ def evaluate(s:Evaluate):
     facts = report_facts(suite, found, rows, skipped, s)
     write_report(out, facts, rows, suite, found[0].run)
     print('', as_markdown(facts['scores'], facts['paper']), '', *remarks(facts), sep='\n')
-    print(f'report: {out/"report.json"} and report.md, pictures: {out/"figures"}; {time.perf_counter() - began:.0f} s')
+    print(f'report: {out/"report.json"} and report.md; {time.perf_counter() - began:.0f} s')
+    print(*where_to_look(out/'figures'), sep='\n')
 
 # %% ../nbs/14_cli.ipynb #a563ac99
 @dataclass(kw_only=True)

@@ -91,14 +91,14 @@ def _warn_unconverged(lam, total, max_iter):
     warnings.warn(f'{len(lam)} of {total} logistic regressions have not converged after {max_iter} steps: λ = {late}')
 
 # %% ../nbs/10a_logistic.ipynb #c9228ed1
-def _minimize(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
+def _minimize(x, y, w, e, lam, C, tol, max_iter, memory=10):
     "All problems from zero to their minima: weights (S, C, r), losses (S,)."
     W = torch.zeros(len(lam), C, x.shape[1], dtype=torch.float64, device=x.device)
     done_W, done_f = W.clone(), torch.zeros_like(lam)
     live, pairs = torch.arange(len(lam), device=x.device), []
     penalized = (torch.arange(len(e), device=x.device) < len(e) - 1).double()       # all but the bias
     now = _loss_grad(x, y, w, W, lam)
-    for _ in range(max_iter):
+    for _ in range(max_iter or 3000):
         P = (now[2][..., None]*e + lam[:, None, None]*penalized).clamp(min=1e-12)
         D = _direction(now[1], pairs, P)
         go = -_dot(now[1], D)/2 > tol*now[0]              # those that have not converged
@@ -113,7 +113,7 @@ def _minimize(x, y, w, e, lam, C, memory=10, tol=1e-9, max_iter=3000):
         pairs = [*pairs, (s, v, rho)][-memory:]
         W, now = W2, then
     done_W[live], done_f[live] = W, now[0]
-    _warn_unconverged(lam, len(done_f), max_iter)
+    if max_iter is None: _warn_unconverged(lam, len(done_f), 3000)
     return done_W, done_f
 
 # %% ../nbs/10a_logistic.ipynb #23c39f99
@@ -148,6 +148,8 @@ def logistic_path(
     y, # (n,) classes, 0 to C - 1
     l2:Tensor=l2_grid, # penalties λ on the mean loss; scikit-learn's C is 1/(nλ)
     weight=None, # (n,) importance of each image; None: all alike
+    tol:float=1e-9, # a regression is solved when less than this fraction of its loss is left to gain
+    max_iter:int|None=None, # steps after which the rest is left as it is; None: 3,000, and a warning
 )->LogisticPath:
     "Multinomial logistic regression for all penalties at once."
     h = torch.as_tensor(h)
@@ -160,7 +162,7 @@ def logistic_path(
     C = int(y.max()) + 1
     x, e, V, mean = _rotate(h, w)
     at_once = max(1, 2**27//(28*x.shape[1]*C))          # as many as 1 GB of history holds
-    solved = [_minimize(x, y.long(), w, e, part, C) for part in lam.split(at_once)]
+    solved = [_minimize(x, y.long(), w, e, part, C, tol, max_iter) for part in lam.split(at_once)]
     W, f = (torch.cat(t) for t in zip(*solved))
     weights = V.double() @ W[..., :-1].mT
     bias = W[..., -1] - mean.double() @ weights
@@ -242,7 +244,7 @@ def logistic_regression(
     balanced:bool=False, # classes weigh the same however many images they have
     metric=accuracy, # decides: true and predicted classes to a number
     held_out:float=.2, # fraction of the training images that decides
-    splits:int|None=None, # how many times it is drawn; None: 5 where it has fewer than 500 images, else 1
+    splits:int|None=None, # how many times it is drawn; None: until 500 images have decided, 5 times at most
     standardize:bool=True, # each feature with mean 0 and variance 1 on the training images
 )->LogisticProbe:
     "Logistic regression, its penalty chosen on a part of the training images."
@@ -264,7 +266,7 @@ def logistic_regression(
 # %% ../nbs/10a_logistic.ipynb #a1d61b16
 def _reached(x, y, weight, a, b, penalties, metric): # a and b: indices of those that train and of those that decide
     "What each penalty reaches on held-out images."
-    path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a])
+    path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a], 1e-6, 200)
     guesses = [(x[b].to(W) @ W + c).argmax(1).cpu().numpy() for W, c in zip(path.weights, path.bias)]
     return [metric(y[b].numpy(), g) for g in guesses]
 
@@ -274,7 +276,7 @@ def _held_out(y, fraction, seed, splits): # pairs of indices
         single = (y.bincount() == 1).nonzero().flatten().tolist()
         raise TooFewImages(f'choosing a penalty needs 2 images of every class or more; there is one of {single}')
     n = max(len(y.unique()), int(fraction*len(y)))
-    again = np.random.SeedSequence(seed).generate_state(splits or (5 if n < 500 else 1))
+    again = np.random.SeedSequence(seed).generate_state(splits or min(5, -(-500//n)))
     return [train_test_split(np.arange(len(y)), test_size=n, random_state=int(s), stratify=y.numpy()) for s in again]
 
 # %% ../nbs/10a_logistic.ipynb #7c623f6a
