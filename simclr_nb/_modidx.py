@@ -765,6 +765,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'simclr_nb.logistic._one_per_class': ('logistic.html#_one_per_class', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._reached': ('logistic.html#_reached', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._rotate': ('logistic.html#_rotate', 'simclr_nb/logistic.py'),
+                                    'simclr_nb.logistic._scale': ('logistic.html#_scale', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._step': ('logistic.html#_step', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic._warn_unconverged': ('logistic.html#_warn_unconverged', 'simclr_nb/logistic.py'),
                                     'simclr_nb.logistic.choose_from': ('logistic.html#choose_from', 'simclr_nb/logistic.py'),

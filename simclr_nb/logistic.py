@@ -185,16 +185,19 @@ class LogisticProbe:
     l2_tried:np.ndarray # (S,) the penalties it was chosen from, ascending
     validation:np.ndarray # (S,) the metric that each reached on the held-out images
     at_edge:bool=False # as good as any, and the weakest or the strongest of them
+    each_alone:bool=True # each feature has been scaled alone, or all together
     def logits(self, h): return check_features(h).to(self.weights) @ self.weights + self.bias
     def predict(self, h): return self.logits(h).argmax(1).cpu().numpy()
 
 # %% ../nbs/10a_logistic.ipynb #1e14da40
 def feature_scale(
     h:Tensor, # (n, d) features of the training images
+    each_alone:bool=True, # or one factor for all
 )->tuple: # mean (d,) and standard deviation (d,); 1 for a feature that does not vary
     "What standardizes features."
     mean, std = h.mean(0), h.std(0, correction=0)
     varies = std > 1e-6*h.abs().amax(0)
+    if not each_alone: std = std.square().mean().sqrt().expand_as(std)
     return mean, torch.where(varies, std, torch.ones_like(std))
 
 # %% ../nbs/10a_logistic.ipynb #8c3cfb77
@@ -245,23 +248,31 @@ def logistic_regression(
     metric=accuracy, # decides: true and predicted classes to a number
     held_out:float=.2, # fraction of the training images that decides
     splits:int|None=None, # how many times it is drawn; None: until 500 images have decided, 5 times at most
-    standardize:bool=True, # each feature with mean 0 and variance 1 on the training images
+    standardize:bool|None=None, # scale each feature alone (True) or not at all (False); None: alone or all together
 )->LogisticProbe:
-    "Logistic regression, its penalty chosen on a part of the training images."
+    "Logistic regression, its penalty and the scale of the features chosen on a part of the training images."
     h, y = torch.as_tensor(h), torch.as_tensor(to_numpy(y))
     _check_problem(h, y)
     h = h if h.dtype == torch.float64 else h.float()
     weight = (1/y.bincount().double())[y] if balanced else None
-    mean, std = feature_scale(h) if standardize else (torch.zeros_like(h[0]), torch.ones_like(h[0]))
-    x = (h - mean)/std
-    parts = _held_out(y, held_out, seed, splits)
-    def reach(penalties):
-        return np.mean([_reached(x, y, weight, a, b, penalties, metric) for a, b in parts], 0).tolist()
-    best, at_edge, tried = choose_penalty(reach, np.asarray(l2, float).flatten().tolist())
-    last = logistic_path(x, y, [best], weight)
+    parts, ways = _held_out(y, held_out, seed, splits), (True, False) if standardize is None else (standardize,)
+    found = {}
+    for way in ways:
+        mean, std = _scale(h, way, standardize)
+        x = (h - mean)/std
+        def reach(penalties):
+            return np.mean([_reached(x, y, weight, a, b, penalties, metric) for a, b in parts], 0).tolist()
+        found[way] = choose_penalty(reach, np.asarray(l2, float).flatten().tolist())
+    way = max(ways, key=lambda w: max(found[w][2].values()))                   # each alone, if they do equally well
+    (best, at_edge, tried), (mean, std) = found[way], _scale(h, way, standardize)
+    last = logistic_path((h - mean)/std, y, [best], weight)
     weights = last.weights[0]/std[:, None]
     bias, grid = last.bias[0] - mean @ weights, np.array(sorted(tried))
-    return LogisticProbe(weights, bias, best, grid, np.array([tried[s] for s in grid]), at_edge)
+    return LogisticProbe(weights, bias, best, grid, np.array([tried[s] for s in grid]), at_edge, way)
+
+def _scale(h, each_alone, standardize):
+    if standardize is False: return torch.zeros_like(h[0]), torch.ones_like(h[0])
+    return feature_scale(h, each_alone)
 
 # %% ../nbs/10a_logistic.ipynb #a1d61b16
 def _reached(x, y, weight, a, b, penalties, metric): # a and b: indices of those that train and of those that decide

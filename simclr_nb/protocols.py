@@ -168,7 +168,8 @@ def logreg(self:EvalSuite, c, some, seed):
     "Logistic regression on frozen features, its penalty chosen on a part of the labeled images."
     bank, queries = self.features_of(c, some, seed)
     probe = logistic_regression(bank, self.train.labels[some], seed, balanced=True, metric=balanced_accuracy)
-    choice = dict(l2=probe.l2, chosen_on='a fifth of the labeled images', at_edge=probe.at_edge)
+    choice = dict(l2=probe.l2, each_alone=probe.each_alone, chosen_on='a fifth of the labeled images',
+                  at_edge=probe.at_edge)
     return classification_report(probe.logits(queries).cpu(), self.test.labels) | dict(choice=choice)
 
 # %% ../nbs/11a_protocols.ipynb #667185c5

@@ -157,7 +157,7 @@ def _repetitions(on):
 
 def _choice_remarks(scores)->list:
     "On what neighbors, penalties and rates were chosen, and which choices lie at the end of their grid."
-    names = dict(knn='neighbors and temperature', logreg='penalties', linear='rates of the linear layer',
+    names = dict(knn='neighbors and temperature', logreg='penalties and scale of the features', linear='rates of the linear layer',
                  finetune='rates of fine-tuning')
     made = {(s['protocol'], s['choice']['chosen_on']): None for s in scores if 'choice' in s}
     out = [f'Chosen for each encoder: {"; ".join(f"{names[p]} ({on})" for p, on in made)}.'] if made else []
