@@ -74,7 +74,8 @@ def difference_estimate(
     level:float=.95,
 )->Estimate:
     "The difference a - b of two balanced accuracies in points, with its interval, image by image and draw by draw."
-    return _estimate(_ones_and_zeros(a) - _ones_and_zeros(b), labels, [], level)
+    e = _estimate(_ones_and_zeros(a) - _ones_and_zeros(b), labels, [], level)
+    return e._replace(mean=round(e.mean, 9) + 0., low=max(e.low, -100.), high=min(e.high, 100.))   # no -0.0
 
 # %% ../nbs/10b_spread.ipynb #367693c4
 def paired_test(
