@@ -270,7 +270,8 @@ def arguments():
     ask.add_argument('--rounds', type=int, default=3, help='processes for each contestant, in turns, for the medians')
     ask.add_argument('--threads', type=int, default=cpus())
     ask.add_argument('--arch', default='resnet18', help='network of the whole evaluation, at 32 pixels')
-    ask.add_argument('--parts', type=lambda text: text.split(','), default=list(parts), help='which: ' + ', '.join(parts))
+    ask.add_argument('--parts', type=lambda text: text.split(','), default=list(parts),
+                     help='which: ' + ', '.join(parts))
     ask.add_argument('--only', choices=('ours', 'lightly'), help=argparse.SUPPRESS)
     return ask.parse_args()
 

@@ -198,7 +198,9 @@ def safe_layout(
     layout=torch.channels_last, # the one that is wanted
 ): # torch.channels_last or torch.contiguous_format
     "The layout of memory, contiguous for a network that channels_last would break on a CPU."
-    def thin(m): return isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16
+    def thin(m):
+        strided = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1
+        return strided and m.in_channels < 16
     return torch.contiguous_format if any(map(thin, net.modules())) else layout
 
 # %% ../nbs/02_encoder.ipynb #6ca13cb4

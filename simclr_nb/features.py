@@ -109,8 +109,8 @@ def _check_output(h, images, idxs, name=''):
     if isinstance(h, Tensor) and h.ndim == 2:
         bad = idxs[~h.isfinite().all(1).cpu()].tolist()
         if not bad: return
-        raise NotFinite(f'the features{name} of {len(bad)} of {len(h)} images are not finite (NaN or infinite), the first is '
-                        f'{printable(images.files[bad[0]])}: did training diverge, are the weights damaged, '
+        raise NotFinite(f'the features{name} of {len(bad)} of {len(h)} images are not finite (NaN or infinite), '
+                        f'the first is {printable(images.files[bad[0]])}: did training diverge, are the weights damaged, '
                         'or is the precision too low?')
     got = f'a tensor {tuple(h.shape)}' if isinstance(h, Tensor) else f'a {type(h).__name__}'
     advice = 'Pool and flatten its output.'

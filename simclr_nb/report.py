@@ -150,15 +150,15 @@ def remarks(facts:dict)->list: # of sentences
 def _repetitions(on):
     "What ± and the interval contain, and what they do not."
     seeds, runs = plural(len(on['seeds']), 'seed'), on['runs']
-    text = f'± is over {plural(runs, "run")} of pretraining and {seeds} of the labels and classifiers; the interval also '
-    text += 'counts other test images.'
+    text = (f'± is over {plural(runs, "run")} of pretraining and {seeds} of the labels and classifiers; '
+            'the interval also counts other test images.')
     if runs == 1: text += ' There is one run, so nothing is known about other seeds of pretraining.'
     return text + ' p: paired permutation test on the test images.'
 
 def _choice_remarks(scores)->list:
     "On what neighbors, penalties and rates were chosen, and which choices lie at the end of their grid."
-    names = dict(knn='neighbors and temperature', logreg='penalties and scale of the features', linear='rates of the linear layer',
-                 finetune='rates of fine-tuning')
+    names = dict(knn='neighbors and temperature', logreg='penalties and scale of the features',
+                 linear='rates of the linear layer', finetune='rates of fine-tuning')
     made = {(s['protocol'], s['choice']['chosen_on']): None for s in scores if 'choice' in s}
     out = [f'Chosen for each encoder: {"; ".join(f"{names[p]} ({on})" for p, on in made)}.'] if made else []
     edges = [s for s in scores if any(s.get('choice', {}).get('at_edge', []))]
