@@ -110,7 +110,7 @@ def _check_output(h, images, idxs, name=''):
         bad = idxs[~h.isfinite().all(1).cpu()].tolist()
         if not bad: return
         raise NotFinite(f'the features{name} of {len(bad)} of {len(h)} images are not finite (NaN or infinite), '
-                        f'the first is {printable(images.files[bad[0]])}: did training diverge, are the weights damaged, '
+                        f'the first is {printable(images.files[bad[0]])}: did training diverge, are weights damaged, '
                         'or is the precision too low?')
     got = f'a tensor {tuple(h.shape)}' if isinstance(h, Tensor) else f'a {type(h).__name__}'
     advice = 'Pool and flatten its output.'
