@@ -16,7 +16,7 @@ from fastai.torch_core import trainable_params
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from .core import TooFewImages, eval_mode, listing, plural
+from .core import TooFewImages, eval_mode, listing
 from .augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from .encoder import feature_dim
 from .lars import scale_lr
@@ -26,7 +26,7 @@ from .callbacks import SanityChecks, zero_linear
 from .features import (accuracy, balanced_accuracy, check_classes, check_features, check_number,
     choose_neighbors, extract_features, knn_predict, metrics, printable, to_numpy)
 from .pictures import markdown_table, protocol_names
-from .logistic import choose_from, feature_scale, logistic_path, logistic_regression
+from .logistic import feature_scale, logistic_path, logistic_regression
 
 # %% ../nbs/10_linear.ipynb #3fb64c67
 def n_outputs(images:ImageSet)->int:

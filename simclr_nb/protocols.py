@@ -17,7 +17,7 @@ from fastai.torch_core import default_device
 from fastcore.basics import patch
 from sklearn.decomposition import PCA
 from torch import nn
-from .core import TooFewImages, plural
+from .core import TooFewImages
 from .encoder import feature_dim
 from .data import ImageSet
 from .features import balanced_accuracy, choose_neighbors, extract_features, knn_predict, metrics
@@ -144,7 +144,7 @@ def features_of(self:EvalSuite, c, some, seed)->tuple: # of the training images 
             lr=.05 if self.small else None, num_workers=self.num_workers)
         sets = few, self.test
         parts = [extract_features(learn.model[0], s, num_workers=self.num_workers, **c.how())[0] for s in sets]
-        self.trained = {key: tuple(parts)}
+        self.trained[key] = tuple(parts)                             # for the next protocol
     return self.trained[key]
 
 # %% ../nbs/11a_protocols.ipynb #e7dd90a8

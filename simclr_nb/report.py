@@ -289,9 +289,8 @@ def make_suite(
     found:list, # of `Found`
     train, test, # sets with labels
     s, # settings
-    folder:Path|None=None, # for features that do not fit into memory
 )->EvalSuite:
     "Encoders and baselines on a data set."
     both = candidates(found, s.baselines, s.layer, s.crop, 64 if len(train) <= 10_000 else 16)
     return EvalSuite(both, train, test, found[0].name, s.k, s.num_workers, s.linear_epochs, s.finetune_epochs,
-        s.rates or None, folder)
+        s.rates or None)

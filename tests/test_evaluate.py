@@ -4,13 +4,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np, pytest, torch
 from PIL import Image
-from torch import nn
 
 from simclr_nb import cli, data, logistic, protocols
-from simclr_nb.core import TooFewImages
-from simclr_nb.data import folder_images, train_test_splits
+from simclr_nb.data import train_test_splits
 from simclr_nb.encoder import build_encoder, save_encoder
-from simclr_nb.features import extract_features
 from simclr_nb.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol, run_protocols, summarize
 
 
@@ -114,8 +111,6 @@ def test_any_encoder_may_be_a_baseline(folder, runs, tmp_path):
 # Planted faults
 
 def test_a_penalty_at_the_edge_of_its_grid_is_named(folder, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocols, 'logistic_regression',
-        lambda *args, **kwargs: logistic.logistic_regression(*args, l2=np.array([50., 51., 52.]), **kwargs))
     fixed = logistic.choose_penalty
     def peaked(reach, l2, extensions=0): return fixed(lambda p: [-v for v in p], l2, 0)      # the weaker the better
     monkeypatch.setattr(logistic, 'choose_penalty', peaked)
