@@ -391,6 +391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'simclr_nb.distributed._join': ('distributed.html#_join', 'simclr_nb/distributed.py'),
                                        'simclr_nb.distributed._own_global': ('distributed.html#_own_global', 'simclr_nb/distributed.py'),
                                        'simclr_nb.distributed._own_sum': ('distributed.html#_own_sum', 'simclr_nb/distributed.py'),
+                                       'simclr_nb.distributed._rendezvous': ('distributed.html#_rendezvous', 'simclr_nb/distributed.py'),
                                        'simclr_nb.distributed._statistics': ('distributed.html#_statistics', 'simclr_nb/distributed.py'),
                                        'simclr_nb.distributed._sync_global': ('distributed.html#_sync_global', 'simclr_nb/distributed.py'),
                                        'simclr_nb.distributed._take_gpu': ('distributed.html#_take_gpu', 'simclr_nb/distributed.py'),

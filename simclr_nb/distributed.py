@@ -253,13 +253,24 @@ def _take_gpu():
                          'processes as there are GPUs, or train on the CPU with CUDA_VISIBLE_DEVICES=""')
     torch.cuda.set_device(local)
 
+# %% ../nbs/07_distributed.ipynb #9b70089e
+_met = {}   # for every meeting point: its store, rank, world size, and how many groups have met there
+
+def _rendezvous():
+    "(store, rank, world size) for the next group of the processes that a launcher started."
+    names = 'MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE'
+    point = tuple(os.environ.get(name) for name in names)
+    if point not in _met: _met[point] = [*next(dist.rendezvous('env://')), 0]
+    store, rank, world, groups = _met[point]
+    _met[point][-1] += 1
+    restart = 0                 # several machines count their restarts each for itself
+    if os.environ.get('LOCAL_WORLD_SIZE') == str(world): restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+    return dist.PrefixStore(f'restart {restart}, group {groups}', store), rank, world
+
 def _join():
     gpu = torch.cuda.is_available()
     if gpu: _take_gpu()
-    store, rank, world = next(dist.rendezvous('env://'))
-    if os.environ.get('LOCAL_WORLD_SIZE') == str(world):    # after a restart: not the addresses of the dead
-        restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        store = dist.PrefixStore(f'start {restart}', store)
+    store, rank, world = _rendezvous()
     backend = 'cpu:gloo,cuda:nccl' if gpu else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 

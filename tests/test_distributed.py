@@ -1,5 +1,5 @@
 "Real gloo processes against one process: loss, gradient, metrics, LARS steps, batch norm, micro-batches, and errors."
-import copy, datetime, time
+import copy, datetime, os, socket, time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.callbacks import OnlineEval
-from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm
+from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_metrics, nt_xent
@@ -239,6 +239,30 @@ def launch(f, world, folder):
         for p in context.processes:
             if p.is_alive(): p.kill()
     return [torch.load(f'{folder}/rank{r}.pt') for r in range(world)]
+
+
+def slow_host(rank, world, folder):
+    "Join a group and leave it three times, as a notebook does that trains thrice; process 0 is slow to leave."
+    port = int(open(f'{folder}/port').read())
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost', MASTER_PORT=str(port))
+    destroy, sums = dist.destroy_process_group, []
+    def late():
+        time.sleep(1)
+        destroy()
+    if rank == 0: dist.destroy_process_group = late
+    for i in range(3):
+        with process_group():
+            x = torch.tensor([float(rank + i)])
+            dist.all_reduce(x)
+            sums.append(x.item())
+    torch.save(sums, f'{folder}/rank{rank}.pt')
+
+
+def test_a_second_group_does_not_wait_in_the_first(tmp_path):
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        (tmp_path/'port').write_text(str(s.getsockname()[1]))
+    assert launch(slow_host, 2, tmp_path) == [[1., 3., 5.]]*2
 
 
 @pytest.fixture(scope='module', params=[2, 4])

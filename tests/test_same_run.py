@@ -13,7 +13,7 @@ from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data import folder_images
 from simclr_nb.learner import simclr_learner
 
-IMAGES, BATCH, EPOCHS, STEPS = 80, 64, 16, 20      # a batch does not divide an epoch
+IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 16, 20      # a batch does not divide an epoch
 
 
 class Double(Callback):
@@ -94,6 +94,16 @@ def free_port():
         return s.getsockname()[1]
 
 
+def run_all(processes):
+    "Run them to their end; none is left behind, even where one waits for ever."
+    for p in processes: p.start()
+    try:
+        for p in processes: p.join(300)
+        assert [p.exitcode for p in processes] == [0]*len(processes)
+    finally:
+        for p in processes: p.kill()
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "The results of every process of 1, of 2 and of 4."
@@ -107,10 +117,7 @@ def runs(tmp_path_factory):
     results = {}
     for world in (1, 2, 4):
         port = free_port()
-        processes = [context.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)]
-        for p in processes: p.start()
-        for p in processes: p.join(300)
-        assert [p.exitcode for p in processes] == [0]*world
+        run_all([context.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)])
         results[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
     results['folder'] = str(folder)
     return results
@@ -131,10 +138,7 @@ def test_the_weights_agree_in_double_precision(runs, world):
 def test_a_wrong_gradient_is_seen(runs, fault):
     "Each of these bugs trains, and its losses fall; only the comparison with one process tells."
     context, port, folder = mp.get_context('forkserver'), free_port(), runs['folder']
-    processes = [context.Process(target=a_wrong_process, args=(rank, port, folder, fault)) for rank in range(2)]
-    for p in processes: p.start()
-    for p in processes: p.join(300)
-    assert [p.exitcode for p in processes] == [0, 0]
+    run_all([context.Process(target=a_wrong_process, args=(rank, port, folder, fault)) for rank in range(2)])
     wrong, one = torch.load(f'{folder}.{fault}.0'), runs[1][0]['double']
     apart = max((wrong['weights'][k] - v).abs().max() for k, v in one['weights'].items() if v.is_floating_point())
     assert apart > 1e-3, f'after {STEPS} steps the weights differ by {apart:.1e} only'
