@@ -196,7 +196,7 @@ def broader_augmentations(
 # %% ../nbs/01a_operations.ipynb #b0d3a043
 def solar_augmentations(
     size:int, # side of the views, pixels
-    implementation:str='simclrv1', # of brightness and contrast: see `ColorDistortion`
+    implementation:str='torchvision', # of brightness and contrast: see `ColorDistortion`
     **kwargs, # `n_views`, `one_branch`: see `Augmentation`
 )->Augmentation:
     "For gray pictures without an up: crop, flip, quarter turns, brightness and contrast, little blur."
