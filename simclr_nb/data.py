@@ -136,8 +136,7 @@ def _fastai_set(name):
     from fastai.data.external import URLs, untar_data
     return folder_splits(untar_data(getattr(URLs, name)))
 
-def _cifar_augmentations(size):
-    return simclr_augmentations(size, strength=.5, blur=False, implementation='torchvision')
+def _cifar_augmentations(size): return simclr_augmentations(size, .5, blur=False, implementation='torchvision')
 
 presets = {
     'solar_cells': Preset(solar_cells, 64, solar_augmentations),
