@@ -13,7 +13,7 @@ from pathlib import Path
 
 baselines = 'pixels', 'pca', 'untrained'
 columns = 'neighbors', '1%', '10%', '100%'
-own = dict(stem='imagenet', crop=.3, brightness=.3, contrast=.5, blur=.3, colors='torchvision')    # what a recipe does not name
+own = dict(stem='imagenet', crop=.3, brightness=.3, contrast=.5, blur=.3, colors='torchvision')  # as the preset has it
 
 
 def settings():
