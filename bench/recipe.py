@@ -1,4 +1,4 @@
-"""How the demo's recipe was chosen: variants of `solar_cells`, judged on training cells that nobody trained on.
+"""Variants of the demo's recipe `solar_cells`, judged on training cells that nobody trained on.
 
     python bench/recipe.py temperature=.1 lr=.004 crop=.08 temperature=.1,crop=.08 --seeds 0,1,2
     python bench/recipe.py                              # the table of what was run
@@ -11,8 +11,10 @@ Balanced accuracy, percent. Finished runs are lines of `--out`, and are not run 
 import argparse, json, statistics, sys, time, warnings
 from pathlib import Path
 
+from train import finished
+
 baselines = 'pixels', 'pca', 'untrained'
-columns = 'neighbors', '1%', '10%', '100%'
+columns = {'neighbors': ('knn', 1.), '1%': ('logreg', .01), '10%': ('logreg', .1), '100%': ('logreg', 1.)}
 own = dict(stem='imagenet', crop=.3, brightness=.3, contrast=.5, blur=.3, colors='torchvision')  # as the preset has it
 
 
@@ -41,24 +43,6 @@ def parts():
     return stratified_split(train_test_splits('solar_cells')[0], .25, 0)
 
 
-def judge(h, y, q, t):
-    "Balanced accuracies, percent, of features h with classes y on features q with classes t."
-    from simclr_nb.features import balanced_accuracy, choose_neighbors, knn_predict
-    from simclr_nb.labels import label_indices
-    from simclr_nb.logistic import logistic_regression
-    choice = choose_neighbors(h, y)
-    out = dict(neighbors=100*balanced_accuracy(t, knn_predict(h, y, q, choice.k, choice.temperature).numpy()))
-    fit, _ = parts()
-    for fraction in (.01, .1, 1.):
-        scores = []
-        for draw in range(5 if fraction < 1 else 1):
-            some = label_indices(fit, fraction, draw)
-            probe = logistic_regression(h[some], y[some], draw, balanced=True, metric=balanced_accuracy)
-            scores.append(100*balanced_accuracy(t, probe.predict(q)))
-        out[f'{fraction:.0%}'] = statistics.mean(scores)
-    return {k: round(float(v), 2) for k, v in out.items()}
-
-
 def augmentation(s):
     from simclr_nb import augmentations as a, operations as o
     color = a.ColorDistortion(s['brightness'], s['contrast'], 0, 0, implementation=s['colors'])
@@ -66,38 +50,38 @@ def augmentation(s):
                           a.RandomBlur(5, (.1, 1.), p=s['blur']))
 
 
-def network(s, seed):
+def untrained(s, seed):
     import torch
     from simclr_nb.encoder import build_encoder
     torch.manual_seed(seed)
     return build_encoder(s['arch'], s['size'], s['stem'])
 
 
-def encoder_of(variant, seed, fit):
-    "The encoder, its input size, and how long its training took, seconds."
+def trained(s, seed, fit):
     import torch
     from simclr_nb.learner import simclr_learner
-    from simclr_nb.protocols import pixels_encoder
-    if variant in ('pixels', 'pca'): return pixels_encoder(32), settings()['size'], 0.
-    s = settings() if variant == 'untrained' else changed(variant)
-    encoder = network(s, seed)
-    if variant == 'untrained': return encoder, s['size'], 0.
-    learn = simclr_learner(fit, encoder, augment=augmentation(s), head=s['head'], projection_dim=s['projection_dim'],
-                           temperature=s['temperature'], optimizer=s['optimizer'], seed=seed, num_workers=0, cache=1000,
-                           memory_format=torch.channels_last)
-    began = time.perf_counter()
+    learn = simclr_learner(fit, untrained(s, seed), augment=augmentation(s), head=s['head'],
+                           projection_dim=s['projection_dim'], temperature=s['temperature'], optimizer=s['optimizer'],
+                           seed=seed, num_workers=0, cache=1000, memory_format=torch.channels_last)
     with learn.no_bar(), learn.no_logging(): learn.pretrain(s['epochs'], batch_size=s['batch_size'], lr=s['lr'])
-    return learn.encoder, s['size'], time.perf_counter() - began
+    return learn.encoder
 
 
 def run(variant, seed):
-    from simclr_nb.features import extract_features
-    from simclr_nb.protocols import principal_components
+    "One line of the file: what a variant reaches, and how long its training took."
+    from simclr_nb.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol
     fit, held_out = parts()
-    encoder, size, seconds = encoder_of(variant, seed, fit)
-    h, q = (extract_features(encoder, images, size, num_workers=0)[0] for images in (fit, held_out))
-    if variant == 'pca': h, q = principal_components(h, q)
-    return dict(variant=variant, seed=seed, train_seconds=round(seconds, 1), **judge(h, fit.labels, q, held_out.labels))
+    s = settings() if variant in baselines else changed(variant)
+    began = time.perf_counter()
+    if variant in ('pixels', 'pca'): encoder = pixels_encoder(32)
+    else: encoder = untrained(s, seed) if variant == 'untrained' else trained(s, seed, fit)
+    result = dict(variant=variant, seed=seed, train_seconds=round(time.perf_counter() - began, 1))
+    suite = EvalSuite([Candidate(variant, encoder, s['size'])], fit, held_out, num_workers=0)
+    for column, (protocol, fraction) in columns.items():
+        draws = range(5) if fraction < 1 else range(1)
+        rows = run_protocol(suite, protocol, fraction, draws, log=lambda line: None)
+        result[column] = round(statistics.mean(float(r['balanced accuracy']) for r in rows), 2)
+    return result
 
 
 def table(runs):
@@ -111,11 +95,6 @@ def table(runs):
     order = sorted(by, key=lambda v: -statistics.mean(r['neighbors'] for r in by[v]))
     rows = [[v, str(len(by[v])), *(cell(by[v], c) for c in columns)] for v in order]
     return markdown_table(['variant', 'seeds', *columns], rows)
-
-
-def finished(out):
-    lines = out.read_text().splitlines() if out.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def main():

@@ -255,6 +255,7 @@ def pretrain(self:SimCLRLearner,
     schedule = StepSchedule(steps, min(plan.warmup, steps), plan.lr)
     self.fit(epochs, lr=plan.lr, cbs=[schedule, *L(cbs)])
 
+# %% ../nbs/08_learner.ipynb #78666f66
 @patch
 def images_per_epoch(self:SimCLRLearner)->int:
     return len(self.dls.train.dataset) if self.sampler else len(self.dls.train)*self.dls.train.bs

@@ -238,6 +238,11 @@ def choose_penalty(
         warnings.warn(f'the best penalty, λ = {best:.2g}, is the {side} of {len(tried)}: a better one may lie beyond')
     return best, end is not None, tried
 
+# %% ../nbs/10a_logistic.ipynb #d85f4679
+def _scale(h, each_alone, standardize):
+    if standardize is False: return torch.zeros_like(h[0]), torch.ones_like(h[0])
+    return feature_scale(h, each_alone)
+
 # %% ../nbs/10a_logistic.ipynb #2dd8d972
 def logistic_regression(
     h:Tensor, # (n, d) features of the training images
@@ -269,10 +274,6 @@ def logistic_regression(
     weights = last.weights[0]/std[:, None]
     bias, grid = last.bias[0] - mean @ weights, np.array(sorted(tried))
     return LogisticProbe(weights, bias, best, grid, np.array([tried[s] for s in grid]), at_edge, way)
-
-def _scale(h, each_alone, standardize):
-    if standardize is False: return torch.zeros_like(h[0]), torch.ones_like(h[0])
-    return feature_scale(h, each_alone)
 
 # %% ../nbs/10a_logistic.ipynb #a1d61b16
 def _reached(x, y, weight, a, b, penalties, metric): # a and b: indices of those that train and of those that decide

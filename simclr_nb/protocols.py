@@ -113,6 +113,7 @@ def extract(self:EvalSuite, train, test):
     self.unreadable_files = _unreadable(train, kept) + _unreadable(test, kept_test)
     self.train, self.test = train.subset(kept.tolist()), test.subset(kept_test.tolist())
 
+# %% ../nbs/11a_protocols.ipynb #90c4fdd6
 @patch
 def _embed(self:EvalSuite, encoders, images, how):
     widths = sum(feature_dim(e, how['size']) for e in encoders.values())

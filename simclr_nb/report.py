@@ -155,6 +155,7 @@ def _repetitions(on):
     if runs == 1: text += ' There is one run, so nothing is known about other seeds of pretraining.'
     return text + ' p: paired permutation test on the test images.'
 
+# %% ../nbs/14a_report.ipynb #df12cb09
 def _choice_remarks(scores)->list:
     "On what neighbors, penalties and rates were chosen, and which choices lie at the end of their grid."
     names = dict(knn='neighbors and temperature', logreg='penalties and scale of the features',

@@ -13,10 +13,10 @@ from pathlib import Path
 from fastai.torch_core import default_device
 from .core import atomic_write, write_json
 from .encoder import encoder_info, load_encoder
-from .features import map11, metrics
+from .features import map11
 from .pictures import markdown_table
 from .linear import permutation_test
-from .spread import bootstrap_interval
+from .spread import bootstrap_interval, score_estimate
 from .transfer import pretrained_grid, random_grid, transfer, transfer_sets
 from .candidates import Found, transform_of, untrained
 
@@ -39,8 +39,11 @@ def p_value(metric:str, a:dict, b:dict)->float:
 
 def score_interval(metric:str, r:dict)->list: # low, high, percent
     "The 95% interval of one encoder's result, from other test images that might have come."
-    said = r['scores' if metric == '11-point mAP' else 'predictions']
-    return [100*v for v in bootstrap_interval(metrics[metric], r['labels'], said)]
+    y = r['labels']
+    if metric == '11-point mAP': return [100*v for v in bootstrap_interval(map11, y, r['scores'])]
+    classes = y if metric == 'balanced accuracy' else 0*y                 # else all images count the same
+    e = score_estimate((r['predictions'] == y)[None, None], classes)
+    return [e.low, e.high]
 
 # %% ../nbs/14e_table8.ipynb #39e9a07d
 def transfer_rows(
@@ -128,7 +131,7 @@ def write_transfer(
     "transfer.json and transfer.md."
     settings = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size', 'seed')}
     write_json(out/'transfer.json', dict(scores=rows, left_out=left_out, settings=settings))
-    parts = [transfer_markdown(rows), 'In parentheses the 95% interval over test images (bootstrap). '
+    parts = [transfer_markdown(rows), 'In parentheses the 95% interval over test images. '
         f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
     edges = [f'{r["set"]}, {r["protocol"]}, {r["encoder"]}' for r in rows if r['at_edge']]
     if edges: parts.append(f'Chosen at the end of its grid, a better value may lie beyond: {"; ".join(edges)}.')

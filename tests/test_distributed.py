@@ -1,5 +1,5 @@
 "Real gloo processes against one process: loss, gradient, metrics, LARS steps, batch norm, micro-batches, and errors."
-import copy, datetime, os, socket, time
+import copy, datetime, os, time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, to
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conftest import free_port
 from simclr_nb.callbacks import OnlineEval
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
@@ -259,9 +260,7 @@ def slow_host(rank, world, folder):
 
 
 def test_a_second_group_does_not_wait_in_the_first(tmp_path):
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        (tmp_path/'port').write_text(str(s.getsockname()[1]))
+    (tmp_path/'port').write_text(str(free_port()))
     assert launch(slow_host, 2, tmp_path) == [[1., 3., 5.]]*2
 
 

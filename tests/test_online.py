@@ -1,10 +1,11 @@
 "What watches a run, in several processes."
-import datetime, os, random, socket
+import datetime, os, random
 from pathlib import Path
 
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.callbacks import OnlineEval, OnlineProbe
@@ -43,10 +44,7 @@ def one_process(rank, world, folder, port):
 def test_watchers_in_two_processes(tmp_path):
     "Under DistributedDataParallel training is untouched, and only the first process looks for neighbors."
     pictures(tmp_path, 8, 'png')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.start_processes(one_process, (2, str(tmp_path), port), nprocs=2, start_method='spawn')
+    mp.start_processes(one_process, (2, str(tmp_path), free_port()), nprocs=2, start_method='spawn')
     first, second = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
     assert first['same'] and second['same']
     assert list(first['neighbors']) == [2, 3] and second['neighbors'] == {}

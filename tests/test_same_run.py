@@ -1,5 +1,5 @@
 "A run of several real processes takes the very steps of a run of one: same batches, views, losses and weights."
-import os, socket
+import os
 
 import numpy as np, pytest, torch, torch.multiprocessing as mp
 from fastai.callback.core import Callback
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 import faults
+from conftest import free_port
 from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data import folder_images
 from simclr_nb.learner import simclr_learner
@@ -86,12 +87,6 @@ def a_wrong_process(rank, port, folder, fault):
     join(rank, 2, port)
     faults.plant(fault)
     torch.save(train(folder, True, .1), f'{folder}.{fault}.{rank}')
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
 
 
 def run_all(processes):
