@@ -11,7 +11,7 @@ DEMO_EVALUATE = $(RUN)/simclr evaluate runs/demo solar_cells --label-fractions 0
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1~/p' Makefile | awk -F~ '{printf "%-18s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.with-demo  ## Pretrain on pictures of solar cells (about 5 minutes on two cores), evaluate, draw
+demo: $(VENV)/.with-demo  ## Pretrain on pictures of solar cells (about 15 minutes on two slow cores), evaluate, draw
 	$(DEMO_PRETRAIN)
 	$(DEMO_EVALUATE)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Preset', 'Workers', 'Epochs', 'Data', 'Network', 'Optimization', 'SpeedAndMemory', 'Output', 'Pretrain',
            'check_pretrain', 'pretrain', 'Plot', 'plot', 'Input', 'Protocols', 'Report', 'Evaluate', 'evaluate',
-           'Transfer', 'transfer', 'loading_lines', 'Convert', 'convert', 'parse', 'main']
+           'Transfer', 'transfer', 'loading_lines', 'Convert', 'convert', 'part', 'RunStudy', 'run_study', 'parse',
+           'main']
 
 # %% ../nbs/14_cli.ipynb #341122d4
 import sys, time
@@ -273,9 +274,39 @@ def convert(s:Convert):
     print(*files, sep='\n')
     if s.to in ('torchvision', 'timm'): print(loading_lines(s.to, encoder_config(files[0])['arch'], files[-1]))
 
+# %% ../nbs/14_cli.ipynb #57d1a003
+def part(text:str)->tuple: # (i, n)
+    "A share of the work: 1/2 is the first of two."
+    i, _, n = text.partition('/')
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise ValueError(f'a part is I/N, as 1/2 for the first of two processes; got {text!r}')
+    return int(i), int(n)
+
+@dataclass(kw_only=True)
+class RunStudy:
+    "Repeat one of the paper's experiments, and say which of its claims the numbers show. The same command resumes."
+    name: Annotated[Positional[str | None], optional()] = None # of the study; without it: what there is
+    scale: Literal['tiny', 'small', 'paper'] = 'small' # paper: only the plan, unless --run is given
+    run: Flag = False # train at the scale of the paper
+    part: str = '1/1' # share of the work, if several processes share it: 1/2 and 2/2, say
+    out: str = 'runs/studies' # folder of the results
+    num_workers: Workers = 0 # processes that decode; None: one per core
+    traceback: Flag = False # show where an error comes from
+
+# %% ../nbs/14_cli.ipynb #57d1a004
+def run_study(s:RunStudy):
+    "The command `simclr study`."
+    check_settings(s)
+    share = part(s.part)
+    from simclr_nb import studies
+    if s.name is None: return print(studies.overview(s.scale, s.out))
+    if s.scale == 'paper' and not s.run: return print(studies.plan_table(s.name, s.scale))
+    studies.run_study(s.name, s.scale, s.out, share, s.num_workers)
+    print('', studies.summary(s.name, s.scale, s.out), sep='\n')
+
 # %% ../nbs/14_cli.ipynb #a0ee4dfd
-commands = dict(pretrain=Pretrain, plot=Plot, evaluate=Evaluate, transfer=Transfer, convert=Convert)
-functions = dict(pretrain=pretrain, plot=plot, evaluate=evaluate, transfer=transfer, convert=convert)
+commands = dict(pretrain=Pretrain, plot=Plot, evaluate=Evaluate, transfer=Transfer, convert=Convert, study=RunStudy)
+functions = dict(pretrain=pretrain, plot=plot, evaluate=evaluate, transfer=transfer, convert=convert, study=run_study)
 
 def recipe_of(args:list)->dict:
     "The settings of the recipe that a command line names; none if it names none."

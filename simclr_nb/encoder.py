@@ -85,19 +85,19 @@ def bottleneck(
 _LAYOUT = { # depth: block, channels out over channels inside, blocks in each stage
     18: (basic_block, 1, (2, 2, 2, 2)), 34: (basic_block, 1, (3, 4, 6, 3)),
     50: (bottleneck, 4, (3, 4, 6, 3)), 101: (bottleneck, 4, (3, 4, 23, 3)), 152: (bottleneck, 4, (3, 8, 36, 3))}
-_STEM_SIZE = {'imagenet': 224, 'cifar': 32}
+_STEM_SIZE = {'imagenet': 224, 'cifar': 32, 'small': 64}
 
 def _check_resnet(depth, width, stem):
     if depth not in _LAYOUT:
         raise ValueError(f'there is no ResNet of depth {depth} here; depths are {", ".join(map(str, _LAYOUT))}')
     if not 1/64 <= width <= 16:
         raise ValueError(f'the width multiplies 64 channels, has to leave at least one, and is 16 at most; got {width}')
-    if stem not in _STEM_SIZE: raise ValueError(f"the stem is 'imagenet' or 'cifar', got {stem!r}")
+    if stem not in _STEM_SIZE: raise ValueError(f"the stem is 'imagenet', 'cifar' or 'small', got {stem!r}")
 
 # %% ../nbs/02_encoder.ipynb #6facbfd9
 def _stem(c, kind):
     "The first layers, up to c channels."
-    if kind == 'cifar': return nn.Sequential(conv_bn(3, c, 3), nn.ReLU(inplace=True))
+    if kind in ('cifar', 'small'): return nn.Sequential(conv_bn(3, c, 3, 1 + (kind == 'small')), nn.ReLU(inplace=True))
     return nn.Sequential(conv_bn(3, c, 7, 2), nn.ReLU(inplace=True), MaxPoolSame())
 
 def _stage(block, expansion, n, c_in, c, stride):
@@ -121,7 +121,7 @@ class ResNet(nn.Sequential):
 def resnet(
     depth:int=50, # 18, 34 (basic blocks); 50, 101, 152 (bottlenecks)
     width:float=1, # multiplies all channels; the paper uses 1, 2 and 4, and fractions work
-    stem:str='imagenet', # 'imagenet': 7 × 7, stride 2, and a pool; 'cifar': 3 × 3, stride 1, for images up to 32 px
+    stem:str='imagenet', # 7 × 7, stride 2, and a pool; or 'cifar': 3 × 3, stride 1; 'small': 3 × 3, stride 2
 )->ResNet: # (B, 3, H, W) in [0, 1] to h (B, feature_dim)
     "The official code's ResNet, without a classifier. `.feature_dim` is 512·width or 2048·width."
     _check_resnet(depth, width, stem)
@@ -286,7 +286,7 @@ _LARGEST = 8192 # pixels
 def build_encoder(
     arch:str|nn.Module, # 'resnet50', 'resnet18_2x', 'timm/resnet50', 'torchvision/vit_b_16', …; or a module
     size:int=224, # side of the images in pixels
-    stem:str|None=None, # our ResNets only: 'imagenet' or 'cifar'; None: 'cifar' up to 32 px, as in the official code
+    stem:str|None=None, # our ResNets only: imagenet, cifar, small; None: 'cifar' up to 32 px, as in the official code
 )->nn.Module: # (B, 3, size, size) to h (B, d); `encoder_info` says the rest
     "The encoder of this name, with random weights; a module is taken as it is."
     if not 1 <= size <= _LARGEST:

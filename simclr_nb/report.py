@@ -292,6 +292,6 @@ def make_suite(
     s, # settings
 )->EvalSuite:
     "Encoders and baselines on a data set."
-    both = candidates(found, s.baselines, s.layer, s.crop, 64 if len(train) <= 10_000 else 16)
+    both = candidates(found, s.baselines, s.layer, s.crop, 64 if len(train) <= 2_000 else 16)
     return EvalSuite(both, train, test, found[0].name, s.k, s.num_workers, s.linear_epochs, s.finetune_epochs,
         s.rates or None)

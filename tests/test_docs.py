@@ -184,3 +184,27 @@ def test_definitions_stand_before_sections(monkeypatch):
     found, = docs.definitions([dict(href='a.html#part', title='Chapter')])
     assert found == dict(objectID='a.html#f', href='a.html#f', title='f', section='defined in Chapter',
                          text='What f does.')
+
+
+# The strip at the head of each chapter
+
+strips = tool('strips')
+
+def test_strips_are_in_step_and_a_stale_one_is_named(monkeypatch, tmp_path):
+    assert not strips.main(check=True)
+    monkeypatch.setattr(strips, 'folder', tmp_path)
+    strips.main()
+    (tmp_path/'03.svg').write_text('<svg/>')
+    assert [problem[:6] for problem in strips.main(check=True)] == ['03.svg']
+
+def test_every_chapter_begins_with_its_own_strip():
+    chapters = [nb for nb in notebooks if re.match(r'(?!00)\d\d_', nb.name)]
+    assert len(chapters) == 14
+    for nb in chapters:
+        texts = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+        assert f'](images/strips/{nb.name[:2]}.svg)' in ''.join(texts[1]['source'])
+
+def test_a_strip_fills_the_box_of_its_chapter_alone():
+    for chapter in range(1, 15):
+        assert strips.strip(chapter).count(strips.blue) == 1
+        assert f'font-weight="600">{chapter} ' in strips.strip(chapter)
