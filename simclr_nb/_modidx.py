@@ -1212,6 +1212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simclr_nb.studies.LossOfViews.forward': ('studies.html#lossofviews.forward', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.Run': ('studies.html#run', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.Verdict': ('studies.html#verdict', 'simclr_nb/studies.py'),
+                                   'simclr_nb.studies.Verdict.differences': ('studies.html#verdict.differences', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.Verdict.text': ('studies.html#verdict.text', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.append_record': ('studies.html#append_record', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.build_augmentation': ('studies.html#build_augmentation', 'simclr_nb/studies.py'),

@@ -1,12 +1,14 @@
-"""Draws nbs/images/strips/NN.svg: the whole method as boxes, with the box of chapter NN filled. Each chapter begins with its
-strip. `--check` only says which files are out of step."""
+"""Draws nbs/images/strips/NN.svg: the whole method as boxes, with the box of chapter NN filled.
+
+Each chapter begins with its strip. `--check` only says which files are out of step.
+"""
 import sys
 from pathlib import Path
 
 folder = Path(__file__).resolve().parents[1]/'nbs'/'images'/'strips'
 blue, light, line = '#1f77b4', '#f3f5f7', '#8a949e'
 
-# The upper row is one training step, from a file to the update of the weights. The lower row is what is built around it.
+# The upper row is one training step, from a file to the update of the weights; the lower, what is built around it.
 step = [(6, 'Data'), (1, 'Views'), (2, 'Encoder f'), (3, 'Head g'), (4, 'NT-Xent'), (5, 'LARS')]
 around = [[(7, 'Processes'), (8, 'Learner')],
           [(9, 'Features'), (10, 'Linear'), (11, 'Few labels'), (12, 'Transfer')],
