@@ -66,7 +66,7 @@ def score_estimate(
 )->Estimate:
     "Balanced accuracy in percent, with its interval."
     e = _estimate(_ones_and_zeros(right), labels, [0., 1.], level)      # else 9 of 9 would have no error at all
-    return e._replace(low=max(e.low, 0.), high=min(e.high, 100.))
+    return e._replace(mean=round(e.mean, 9), low=max(e.low, 0.), high=min(e.high, 100.))       # no 100.00000000000001
 
 def difference_estimate(
     a, b, # (runs, draws, n) ones and zeros, of two encoders on the same images; 1 run or draw stands for all
