@@ -2,7 +2,7 @@
 
 Where CIFAR-10 is not on the disk, handwritten digits take its place, in folders laid out as CIFAR-10's.
 """
-import json, os, re, subprocess, sys, textwrap
+import json, os, re, subprocess, sys, tempfile, textwrap
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,10 @@ def run(home, *changes):
         print(json.dumps(facts | {'first': np.mean(losses[:4]), 'last': np.mean(losses[-8:])}))
         ''')
     env = {**os.environ, 'FASTAI_HOME': str(home), 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': ''}
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=600)
+    with tempfile.TemporaryDirectory() as folder:                           # a file, so that an error shows its line
+        script = Path(folder)/'tour.py'
+        script.write_text(code, encoding='utf-8')
+        done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
