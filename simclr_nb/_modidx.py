@@ -949,6 +949,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'simclr_nb.operations.apply_cv': ('operations.html#apply_cv', 'simclr_nb/operations.py'),
                                       'simclr_nb.operations.broader_augmentations': ( 'operations.html#broader_augmentations',
                                                                                       'simclr_nb/operations.py'),
+                                      'simclr_nb.operations.broader_operations': ( 'operations.html#broader_operations',
+                                                                                   'simclr_nb/operations.py'),
                                       'simclr_nb.operations.cutout': ('operations.html#cutout', 'simclr_nb/operations.py'),
                                       'simclr_nb.operations.equalize': ('operations.html#equalize', 'simclr_nb/operations.py'),
                                       'simclr_nb.operations.gaussian_noise': ('operations.html#gaussian_noise', 'simclr_nb/operations.py'),

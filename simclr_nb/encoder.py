@@ -97,8 +97,8 @@ def _check_resnet(depth, width, stem):
 # %% ../nbs/02_encoder.ipynb #6facbfd9
 def _stem(c, kind):
     "The first layers, up to c channels."
-    if kind in ('cifar', 'small'): return nn.Sequential(conv_bn(3, c, 3, 1 + (kind == 'small')), nn.ReLU(inplace=True))
-    return nn.Sequential(conv_bn(3, c, 7, 2), nn.ReLU(inplace=True), MaxPoolSame())
+    if kind == 'imagenet': return nn.Sequential(conv_bn(3, c, 7, 2), nn.ReLU(inplace=True), MaxPoolSame())
+    return nn.Sequential(conv_bn(3, c, 3, {'cifar': 1, 'small': 2}[kind]), nn.ReLU(inplace=True))
 
 def _stage(block, expansion, n, c_in, c, stride):
     "n blocks, of which the first changes the shape."

@@ -8,7 +8,7 @@ __all__ = ['scales', 'seeds_of', 'pair_names', 'batch_sizes', 'lengths', 'studie
            'temperature_points', 'batch_points', 'rule_points', 'optimizer_points', 'network_points', 'broader_points']
 
 # %% ../nbs/14j_grids.ipynb #73473fa5
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 # %% ../nbs/14j_grids.ipynb #80955b97
@@ -60,7 +60,7 @@ class Claim:
     text:str
     more:str # the point that is said to be better
     less:str
-    measure:str|None=None # the measure it is about; None: the study's
+    measure:str|None=None # the measure it is about; None: the linear accuracy
     less_measure:str|None=None # where the two points are measured differently
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class Study:
     question:str
     points:Callable # of the name of a scale: a list of `Point`
     claims:tuple=()
-    measure:str='linear' # what is compared with the paper
     seeds:dict=field(default_factory=lambda: seeds_of) # by scale
 
 # %% ../nbs/14j_grids.ipynb #ca90ef63
@@ -159,7 +158,7 @@ def network_points(scale):
             for (d, w), number in paper.items()]
 
 def broader_points(scale):
-    return [Point('the recipe', {}, 69.3), Point('broader', dict(augment='broader'), 70.0)]
+    return [Point('the recipe', {}, 69.3), Point('broader', dict(augment=f'{scales[scale].augment} broader'), 70.0)]
 
 # %% ../nbs/14j_grids.ipynb #2789daeb
 studies = {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RandomQuarterTurn', 'RandomCutout', 'RandomNoise', 'RandomSobel', 'RandomSolarize', 'RandomEqualize',
-           'RandomMotionBlur', 'AutoAugment', 'broader_augmentations', 'solar_augmentations', 'apply_cv', 'apply_cpu',
-           'apply_compiled']
+           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations', 'solar_augmentations',
+           'apply_cv', 'apply_cpu', 'apply_compiled']
 
 # %% ../nbs/01a_operations.ipynb #bdc0596d
 import math
@@ -181,6 +181,13 @@ class AutoAugment(RandomTransform):
         return self.policy(im)
 
 # %% ../nbs/01a_operations.ipynb #c4556543
+def broader_operations(
+    size:int, # side of the views, pixels
+    p:float=.1, # probability of each; ours, the paper gives none
+)->tuple: # of `RandomTransform`
+    "What the paper's broader family (appendix B.2) adds: equalizing, solarizing, Sobel, motion blur."
+    return RandomEqualize(p), RandomSolarize(p), RandomSobel(p), RandomMotionBlur(size//10, p)
+
 def broader_augmentations(
     size:int, # side of the views, pixels
     strength:float=1., # s of the color distortion
@@ -189,9 +196,8 @@ def broader_augmentations(
 )->Augmentation:
     "The paper's broader family (appendix B.2): its recipe, and equalizing, solarizing, Sobel, motion blur."
     base = simclr_augmentations(size, strength, **kwargs)
-    more = RandomEqualize(p), RandomSolarize(p), RandomSobel(p), RandomMotionBlur(size//10, p)
     views = dict(n_views=base.n_views, one_branch=base.one_branch)
-    return Augmentation(size, base.crop, *base.transforms, *more, **views)
+    return Augmentation(size, base.crop, *base.transforms, *broader_operations(size, p), **views)
 
 # %% ../nbs/01a_operations.ipynb #b0d3a043
 def solar_augmentations(

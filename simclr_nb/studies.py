@@ -20,15 +20,13 @@ from scipy.stats import spearmanr, t as student_t
 from torch import nn
 from . import __version__
 from .core import plural
-from simclr_nb.augmentations import (Augmentation, ColorDistortion, NoCrop, RandomBlur, RandomFlip, RandomGrayscale,
-    RandomResizedCrop)
-from .operations import (RandomCutout, RandomEqualize, RandomMotionBlur, RandomNoise, RandomQuarterTurn,
-    RandomSobel, RandomSolarize)
+from .augmentations import Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations
+from .operations import RandomCutout, RandomNoise, RandomQuarterTurn, RandomSobel, broader_operations
 from .encoder import build_encoder
-from .projection import SimCLR
 from .ntxent import nt_xent
 from .losses import margin_triplet, nt_logistic
 from .data import ImageSet, train_test_splits
+from .lars import schedule_plan
 from .learner import optimizers, simclr_learner, supervised_learner
 from .features import accuracy, effective_rank, extract_features, knn_predict
 from .logistic import logistic_regression
@@ -38,18 +36,15 @@ from .pictures import markdown_table, save_figure
 # %% ../nbs/14k_studies.ipynb #66f51a65
 def build_augmentation(t:Training)->Augmentation:
     "The augmentation that a training names."
-    names = t.augment.split()
-    if names == ['broader']: names = 'crop flip color gray equalize solarize sobel motion'.split()
-    some, s = .1 if 'motion' in names else 1., t.strength
-    every = dict(
-        flip=RandomFlip(), gray=RandomGrayscale(), rotate=RandomQuarterTurn(), cutout=RandomCutout(t.size),
-        noise=RandomNoise(), color=ColorDistortion(.8*s, .8*s, .8*s, .2*s, implementation=t.colors),
-        sobel=RandomSobel(some), equalize=RandomEqualize(some), solarize=RandomSolarize(some),
-        blur=RandomBlur(max(3, t.size//10)), motion=RandomMotionBlur(max(3, t.size//10), some))
-    unknown = [name for name in names if name not in every and name != 'crop']
+    recipe = simclr_augmentations(t.size, t.strength, implementation=t.colors).transforms
+    every = dict(zip(('flip', 'color', 'gray', 'blur'), recipe)) | dict(
+        rotate=RandomQuarterTurn(), cutout=RandomCutout(t.size), noise=RandomNoise(), sobel=RandomSobel(1.))
+    names = [name for name in t.augment.split() if name not in ('crop', 'broader')]
+    unknown = [name for name in names if name not in every]
     if unknown: raise ValueError(f'no operation {", ".join(unknown)}: there are crop, {", ".join(every)}, and broader')
-    crop = RandomResizedCrop() if 'crop' in names else NoCrop()
-    return Augmentation(t.size, crop, *[every[name] for name in names if name != 'crop'], one_branch=t.one_branch)
+    crop = RandomResizedCrop() if 'crop' in t.augment.split() else NoCrop()
+    more = broader_operations(t.size) if 'broader' in t.augment.split() else ()
+    return Augmentation(t.size, crop, *[every[name] for name in names], *more, one_branch=t.one_branch)
 
 # %% ../nbs/14k_studies.ipynb #4442c892
 def loss_of(t:Training): # a function of z (2N, D)
@@ -203,16 +198,17 @@ def run_study(
 # %% ../nbs/14k_studies.ipynb #123c03d4
 def results(
     name:str, scale:str, out:str|Path, # as in `run_study`
-)->dict: # label to a dict of measure to the values of all seeds that are there
-    "What a study has measured so far, with the seeds in order."
+)->dict: # label to measure to seed to value
+    "What a study has measured so far."
     records, found = read_records(results_file(name, scale, out)), {}
     for point, t in runs_of(name, scale):
         for key, value in records.get(t, dict(result={}))['result'].items():
-            found.setdefault(point.label, {}).setdefault(key, []).append(value)
+            found.setdefault(point.label, {}).setdefault(key, {})[t.seed] = value
     return found
 
 # %% ../nbs/14k_studies.ipynb #3c887829
-def mean_and_sd(values)->str:
+def mean_and_sd(of_seeds:dict)->str:
+    values = list(of_seeds.values())
     return f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
 
 # %% ../nbs/14k_studies.ipynb #aa1bbea3
@@ -224,8 +220,9 @@ def study_table(
     for p in study_of(name).points(scale):
         if p.label not in measured: continue
         own = measured[p.label]
+        minutes = np.mean(list(own['seconds'].values()))/60
         rows.append([p.label, '' if p.paper is None else f'{p.paper:.1f}', mean_and_sd(own['linear']),
-                     mean_and_sd(own['neighbors']), str(len(own['linear'])), f'{np.mean(own["seconds"])/60:.1f}'])
+                     mean_and_sd(own['neighbors']), str(len(own['linear'])), f'{minutes:.1f}'])
     return markdown_table(['point', 'paper', 'linear, %', 'neighbors, %', 'seeds', 'minutes'], rows)
 
 # %% ../nbs/14k_studies.ipynb #e8dfc0d2
@@ -234,7 +231,7 @@ def rank_correlation(
 )->tuple: # (Spearman's ρ, p-value, number of points); NaN below three points
     "How far ours and the paper's numbers put the points in the same order."
     study, measured = study_of(name), results(name, scale, out)
-    pairs = [(p.paper, np.mean(measured[p.label][study.measure])) for p in study.points(scale)
+    pairs = [(p.paper, np.mean(list(measured[p.label]['linear'].values()))) for p in study.points(scale)
              if p.paper is not None and p.label in measured]
     if len(pairs) < 3: return float('nan'), float('nan'), len(pairs)
     found = spearmanr(*zip(*pairs))
@@ -271,13 +268,13 @@ def verdicts(
     papers = {p.label: p.paper for p in study.points(scale)}
     for c in study.claims:
         if not {c.more, c.less} <= set(measured): continue
-        more = measured[c.more][c.measure or study.measure]
-        less = measured[c.less][c.less_measure or c.measure or study.measure]
-        n = min(len(more), len(less))
-        differences = np.array(more[:n]) - np.array(less[:n])
+        more = measured[c.more][c.measure or 'linear']
+        less = measured[c.less][c.less_measure or c.measure or 'linear']
+        differences = [more[seed] - less[seed] for seed in more if seed in less]
+        if not differences: continue
         same = c.measure is None and c.less_measure is None and None not in (papers[c.more], papers[c.less])
         paper = papers[c.more] - papers[c.less] if same else None
-        found.append(Verdict(c.text, paper, float(differences.mean()), half_interval(differences), n))
+        found.append(Verdict(c.text, paper, float(np.mean(differences)), half_interval(differences), len(differences)))
     return found
 
 def verdict_table(
@@ -306,7 +303,7 @@ def study_figure(
     study, measured = study_of(name), results(name, scale, out)
     points = [p for p in study.points(scale) if p.label in measured]
     if name == 'augmentations': return pair_maps(points, measured)
-    values = [measured[p.label][study.measure] for p in points]
+    values = [list(measured[p.label]['linear'].values()) for p in points]
     known, height = [p for p in points if p.paper is not None], max(2., .3*len(points) + .9)
     fig, axs = plt.subplots(1, 2 if known else 1, figsize=(8 if known else 4.6, height), sharey=True, squeeze=False,
                             layout='constrained')
@@ -328,7 +325,8 @@ def pair_maps(points, measured):
     for i, a in enumerate(pair_names):
         for j, b in enumerate(pair_names):
             label = pair_label(*sorted((a, b), key=pair_names.index))
-            if label in measured: ours[i, j], theirs[i, j] = np.mean(measured[label]['linear']), paper[label]
+            if label not in measured: continue
+            ours[i, j], theirs[i, j] = np.mean(list(measured[label]['linear'].values())), paper[label]
     fig, axs = plt.subplots(1, 2, figsize=(9.6, 4.2), layout='constrained')
     for ax, values, title in zip(axs, (ours, theirs), ('ours: linear accuracy, %', 'the paper’s: ImageNet top-1, %')):
         ax.imshow(values, cmap='Blues')
@@ -364,7 +362,7 @@ def what_was_run(
     points, seeds = (plural(len(set(some)), one) for some, one in (([p.label for p, _ in runs], 'point'),
                                                                     ([t.seed for _, t in runs], 'seed')))
     return (f'{plural(len(runs), "run")}: {points} with {seeds}, each {values("images")} images of {values("source")} '
-            f'at {values("size")} pixels, {values("epochs")} epochs, {values("arch")}; {hours:.1f} hours of one core. '
+            f'at {values("size")} pixels, {values("epochs")} epochs, {values("arch")}; {hours:.1f} hours of training. '
             'Graded on all test images.')
 
 def summary(
@@ -395,6 +393,7 @@ def plan_table(
             flops[network] = counter.get_total_flops()
         n, views = t.images or images, 1 if t.supervised else 2
         hours = 3*flops[network]*views*n*t.epochs/(.4*990e12)/3600
-        rows.append([f'{point.label}, seed {t.seed}', f'{n//t.batch_size*t.epochs:,}', f'{hours:.1f}'])
+        steps = schedule_plan(n, t.batch_size, t.epochs, t.lr, t.lr_scaling).steps
+        rows.append([f'{point.label}, seed {t.seed}', f'{steps:,}', f'{hours:.1f}'])
     total = sum(float(row[-1]) for row in rows)
     return markdown_table(['run', 'steps', 'hours'], [*rows, ['all', '', f'{total:.0f}']])

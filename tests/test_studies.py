@@ -52,7 +52,7 @@ def test_without_a_name_the_studies_are_listed_and_at_the_papers_scale_the_plan(
     said, _ = study().communicate(timeout=100)
     assert all(name in said for name in studies)
     said, _ = study('temperature', '--scale', 'paper').communicate(timeout=100)
-    assert 'hours' in said and '31,200' in said                     # 100 epochs of 312 whole batches of 4,096
+    assert 'hours' in said and '31,279' in said                     # the steps of `simclr pretrain --recipe imagenet`
 
 def weights(t):
     "A number that two networks share only if they are the same."
