@@ -18,23 +18,24 @@ from .features import accuracy, check_classes, check_features, to_numpy
 
 # %% ../nbs/10a_logistic.ipynb #241ffc2f
 def _eigen_basis(a): # (n, d)
-    "Eigenvalues and eigenvectors (d, r) of aᵀa; from aaᵀ, where that is smaller."
-    if a.shape[1] <= len(a): return torch.linalg.eigh((a.T @ a).double())
-    e, U = torch.linalg.eigh((a @ a.T).double())
+    "Eigenvalues (r,) of aᵀa, a in the basis of its eigenvectors (n, r), and what takes weights (r, k) from there to d."
+    if a.shape[1] <= len(a):
+        e, V = torch.linalg.eigh((a.T @ a).double())
+        return e, a @ V.to(a.dtype), lambda W: V @ W
+    e, U = torch.linalg.eigh((a @ a.T).double())            # fewer images than coordinates
     kept = e > 1e-7*e[-1]
-    e, U = e[kept], U[:, kept]
-    return e, (a.T.double() @ U)/e.sqrt()
+    s, U = e[kept].sqrt(), U[:, kept]
+    return e[kept], (U*s).to(a.dtype), lambda W: a.T.double() @ (U/s @ W)
+
 
 # %% ../nbs/10a_logistic.ipynb #8c8302ef
 def _rotate(h, w): # h (n, d); w (n,) positive, of sum 1
     "Centered features in the eigenbasis of their covariance, and a column of ones."
-    mean = w @ h
-    x = h - mean
-    e, V = _eigen_basis(x*w.sqrt()[:, None])
-    V, one = V.to(h.dtype), torch.ones_like(x[:, :1])
-    x = torch.cat([x @ V, one], 1)
+    mean, root = w @ h, w.sqrt()[:, None]
+    e, x, back = _eigen_basis((h - mean)*root)
+    x = torch.cat([x/root, torch.ones_like(root)], 1)
     e = torch.cat([e.clamp(min=0), e.new_ones(1)])
-    return x, e, V, mean                                # (n, r + 1), (r + 1,), (d, r), (d,)
+    return x, e, back, mean                             # (n, r + 1), (r + 1,), weights to (d, C), (d,)
 
 # %% ../nbs/10a_logistic.ipynb #4259f762
 def _dot(a, b): return (a*b).sum((1, 2))
@@ -160,11 +161,11 @@ def logistic_path(
     if not (lam > 0).all(): raise ValueError(f'penalties must be positive, the smallest is {float(lam.min())}')
     _check_problem(h, y)
     C = int(y.max()) + 1
-    x, e, V, mean = _rotate(h, w)
+    x, e, back, mean = _rotate(h, w)
     at_once = max(1, 2**27//(28*x.shape[1]*C))          # as many as 1 GB of history holds
     solved = [_minimize(x, y.long(), w, e, part, C, tol, max_iter) for part in lam.split(at_once)]
     W, f = (torch.cat(t) for t in zip(*solved))
-    weights = V.double() @ W[..., :-1].mT
+    weights = back(W[..., :-1].flatten(0, 1).T).T.unflatten(0, (-1, C)).mT
     bias = W[..., -1] - mean.double() @ weights
     return LogisticPath(weights.to(h.dtype), bias.to(h.dtype), f, lam)
 
