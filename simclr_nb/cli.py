@@ -286,8 +286,9 @@ def part(text:str)->tuple: # (i, n)
 class RunStudy:
     "Repeat one of the paper's experiments, and say which of its claims the numbers show. The same command resumes."
     name: Annotated[Positional[str | None], optional()] = None # of the study; without it: what there is
-    scale: Literal['tiny', 'small', 'paper'] = 'small' # paper: only the plan, unless --run is given
-    run: Flag = False # train at the scale of the paper
+    scale: Literal['tiny', 'small', 'paper'] = 'small' # paper: only the plan, unless --data is given
+    data: str | None = None # folder with the images of the scale, for the paper's ImageNet with train and val
+    micro_batch: AnyCount = None # images that go through the network at a time, for batches larger than the memory
     part: str = '1/1' # share of the work, if several processes share it: 1/2 and 2/2, say
     out: str = 'runs/studies' # folder of the results
     num_workers: Workers = 0 # processes that decode; None: one per core
@@ -300,8 +301,9 @@ def run_study(s:RunStudy):
     share = part(s.part)
     from simclr_nb import studies
     if s.name is None: return print(studies.overview(s.scale, s.out))
-    if s.scale == 'paper' and not s.run: return print(studies.plan_table(s.name, s.scale))
-    studies.run_study(s.name, s.scale, s.out, share, s.num_workers)
+    if s.scale == 'paper' and not s.data: return print(studies.plan_table(s.name, s.scale))
+    how = dict(num_workers=s.num_workers, folder=s.data, micro_batch=s.micro_batch)
+    studies.run_study(s.name, s.scale, s.out, share, **how)
     print('', studies.summary(s.name, s.scale, s.out), sep='\n')
 
 # %% ../nbs/14_cli.ipynb #a0ee4dfd

@@ -40,14 +40,14 @@ def _rotate(h, w): # h (n, d); w (n,) positive, of sum 1
 # %% ../nbs/10a_logistic.ipynb #4259f762
 def _dot(a, b): return (a*b).sum((1, 2))
 
-def _loss_grad(x, y, w, W, lam): # x (n, r), y and w (n,); W (S, C, r) and lam (S,) double
+def _loss_grad(x, y, w, W, lam, dtype): # x (n, r), y and w (n,); W (S, C, r) and lam (S,) double; dtype of products
     "Losses (S,), gradients (S, C, r), mean p(1 - p) (S, C)."
     S, C, r = W.shape
     f, g, c = torch.zeros_like(lam), torch.zeros_like(W), W.new_zeros(S, C)
-    rows = max(1, (2**26 if W.is_cuda else 2**20)//(S*C))
+    rows, V = max(1, (2**26 if W.is_cuda else 2**20)//(S*C)), W.to(dtype).flatten(0, 1)
     for xb, yb, wb in zip(x.split(rows), y.split(rows), w.split(rows)):
-        xb, wb, at = xb.to(W.dtype), wb.to(W.dtype), yb.expand(S, 1, -1)
-        p = (W.flatten(0, 1) @ xb.T).view(S, C, -1).log_softmax(1)
+        xb, wb, at = xb.to(dtype), wb.to(dtype), yb.expand(S, 1, -1)
+        p = (V @ xb.T).view(S, C, -1).log_softmax(1)
         f -= p.gather(1, at)[:, 0] @ wb
         p.exp_()
         c += (p - p*p) @ wb
@@ -96,9 +96,10 @@ def _minimize(x, y, w, e, lam, C, tol, max_iter, memory=10):
     "All problems from zero to their minima: weights (S, C, r), losses (S,)."
     W = torch.zeros(len(lam), C, x.shape[1], dtype=torch.float64, device=x.device)
     done_W, done_f = W.clone(), torch.zeros_like(lam)
+    dtype = x.dtype if tol >= 1e-6 else W.dtype
     live, pairs = torch.arange(len(lam), device=x.device), []
     penalized = (torch.arange(len(e), device=x.device) < len(e) - 1).double()       # all but the bias
-    now = _loss_grad(x, y, w, W, lam)
+    now = _loss_grad(x, y, w, W, lam, dtype)
     for _ in range(max_iter or 3000):
         P = (now[2][..., None]*e + lam[:, None, None]*penalized).clamp(min=1e-12)
         D = _direction(now[1], pairs, P)
@@ -108,7 +109,7 @@ def _minimize(x, y, w, e, lam, C, tol, max_iter, memory=10):
         if not go.all():
             live, W, D, lam, *now = (t[go] for t in (live, W, D, lam, *now))
             pairs = [tuple(t[go] for t in p) for p in pairs]
-        W2, then = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which]), W, now, D)
+        W2, then = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which], dtype), W, now, D)
         s, v = W2 - W, then[1] - now[1]
         rho = torch.where(_dot(s, v) > 0, 1/_dot(s, v), 0.)
         pairs = [*pairs, (s, v, rho)][-memory:]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from simclr_nb.grids import scales, studies
-from simclr_nb.studies import images_of, read_records, results_file, train_point
+from simclr_nb.points import images_of, train_point
+from simclr_nb.studies import read_records, results_file
 
 root = Path(__file__).resolve().parents[1]
 
@@ -15,7 +16,7 @@ def study(*args):
     return subprocess.Popen(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def results(out):
-    records = read_records(results_file('broader', 'tiny', out))
+    records = read_records(results_file('tiny', out))
     return {t: record['result'] | dict(seconds=0) for t, record in records.items()}
 
 def wait_for(n, out, job):

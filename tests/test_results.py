@@ -1,0 +1,41 @@
+"The pages of the studies and the results page show what the committed results say, all of it and nothing else."
+import json
+from pathlib import Path
+
+import pytest
+from simclr_nb.grids import studies
+from simclr_nb.studies import (claims_table, overview, read_records, results, results_file, runs_of, study_table,
+                               verdict_table, what_was_run)
+
+nbs = Path(__file__).resolve().parents[1]/'nbs'
+committed = nbs/'studies/results'
+pages = sorted(file.stem for file in (nbs/'studies').glob('*.ipynb'))
+
+def shown(file):
+    "What the cells of a notebook show as Markdown."
+    cells = [c for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    return [''.join(o['data']['text/markdown']) for c in cells for o in c['outputs'] if 'text/markdown' in o.get('data', {})]
+
+def test_every_study_with_results_has_a_page_and_every_page_is_listed():
+    assert pages == sorted(name for name in studies if results(name, 'small', committed)) and len(pages) >= 9
+    site = (nbs.parent/'_quarto.yml').read_text()
+    assert all(f'studies/{name}.ipynb' in site for name in pages) and 'results.ipynb' in site
+
+@pytest.mark.parametrize('name', pages)
+def test_a_page_shows_its_results(name):
+    tables = [table(name, 'small', committed) for table in (what_was_run, verdict_table, study_table)]
+    assert shown(nbs/'studies'/f'{name}.ipynb') == [table for table in tables if table]
+
+@pytest.mark.parametrize('name', pages)
+def test_the_runs_of_a_page_are_complete(name):
+    done = read_records(results_file('small', committed))
+    missing = [(run.point.label, run.training.seed) for run in runs_of(name, 'small') if run.training not in done]
+    assert not missing
+
+def test_every_result_belongs_to_a_study():
+    wanted = {run.training for name in studies for run in runs_of(name, 'small')}
+    assert set(read_records(results_file('small', committed))) <= wanted
+
+def test_the_results_page_shows_every_claim():
+    tables = shown(nbs/'results.ipynb')
+    assert claims_table('small', committed) in tables and overview('small', committed) in tables
