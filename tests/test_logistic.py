@@ -68,4 +68,14 @@ def test_gradient_and_curvature_are_those_of_autograd():
     f = torch.stack([loss(V, l) for V, l in zip(W, lam)])
     p = (x @ W.mT).softmax(2).detach()
     wanted = f.detach(), torch.autograd.grad(f.sum(), W)[0], w @ (p*(1 - p))
-    for ours, want in zip(_loss_grad(x, y, w, W.detach(), lam), wanted): torch.testing.assert_close(ours, want)
+    for ours, want in zip(_loss_grad(x, y, w, W.detach(), lam, W.dtype), wanted): torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize('kind', ['overlapping', 'wide', 'dead', 'spread'])
+def test_the_choice_of_a_penalty_does_not_need_double_precision(kind):
+    h, y = problem(kind)
+    some = dict(tol=1e-6, max_iter=200)
+    a, b = logistic_path(h, y, **some), logistic_path(h.double(), y, **some)
+    new = h + torch.randn(h.shape, generator=torch.Generator().manual_seed(2))*h.std(0)
+    single, double = (new.to(p.weights) @ p.weights + p.bias[:, None] for p in (a, b))
+    assert (single.argmax(2) == double.argmax(2)).float().mean() > .998

@@ -14,7 +14,8 @@ pages = sorted(file.stem for file in (nbs/'studies').glob('*.ipynb'))
 def shown(file):
     "What the cells of a notebook show as Markdown."
     cells = [c for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-    return [''.join(o['data']['text/markdown']) for c in cells for o in c['outputs'] if 'text/markdown' in o.get('data', {})]
+    outputs = [o.get('data', {}) for c in cells for o in c['outputs']]
+    return [''.join(data['text/markdown']) for data in outputs if 'text/markdown' in data]
 
 def test_every_study_with_results_has_a_page_and_every_page_is_listed():
     assert pages == sorted(name for name in studies if results(name, 'small', committed)) and len(pages) >= 9
