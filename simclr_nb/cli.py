@@ -36,6 +36,8 @@ class Data:
 @dataclass(kw_only=True)
 class Network:
     arch: str = 'resnet50' # resnet18 to resnet152, with a width as in resnet50_2x, a timm name, or torchvision/NAME
+    # stem of the ResNets; None: cifar up to 32 pixels, imagenet above
+    stem: Annotated[Literal['imagenet', 'cifar', 'small'] | None, optional()] = None
     head: Literal['nonlinear', 'linear', 'none'] = 'nonlinear' # projection head
     projection_dim: Annotated[Count, 'at most 65,536'] = 128 # numbers in z
 

@@ -152,10 +152,10 @@ def _learner(dls, model, loss, metrics, own_cbs, more_metrics=None, cbs=None, **
     return learn
 
 # %% ../nbs/08_learner.ipynb #666a358d
-def _model(arch, size, head, projection_dim, seed, micro_batch):
+def _model(arch, stem, size, head, projection_dim, seed, micro_batch):
     "Encoder and head, their weights from the seed."
     with no_random(seed):
-        encoder = build_encoder(arch, size)
+        encoder = build_encoder(arch, size, stem)
         if not isinstance(head, nn.Module): head = projection_head(feature_dim(encoder, size), head, projection_dim)
         return SimCLR(encoder, head, micro_batch)
 
@@ -168,6 +168,7 @@ def simclr_learner(
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
+    stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
@@ -188,7 +189,7 @@ def simclr_learner(
     if memory_format is None:                             # a module of the user's may not take channels_last
         memory_format = torch.channels_last if isinstance(arch, str) else torch.contiguous_format
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
-    model = _model(arch, size, head, projection_dim, seed, micro_batch)
+    model = _model(arch, stem, size, head, projection_dim, seed, micro_batch)
     memory_format = safe_layout(model, memory_format)
     model.to(memory_format=memory_format)
     if grad_checkpoint: checkpoint_activations(model.encoder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_augmentation', 'loss_of', 'LossOfViews', 'local_batch_norm', 'images_of', 'train_point', 'measure',
-           'changed_images', 'measure_changes', 'run_point']
+           'versions_of', 'measure_changes', 'run_point']
 
 # %% ../nbs/14k_points.ipynb #7b58d4e5
 import time
@@ -12,15 +12,17 @@ from functools import partial
 
 import numpy as np, torch
 from fastai.torch_core import no_random
-from torch import Tensor, nn
+from torch import nn
 from .augmentations import Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations, to_grayscale
-from .operations import RandomCutout, RandomNoise, RandomQuarterTurn, RandomSobel, broader_operations, sobel
+from .operations import (
+    RandomCutout, RandomNoise, RandomQuarterTurn, RandomSobel, broader_operations, gaussian_noise, sobel)
 from .encoder import build_encoder
 from .ntxent import nt_xent
 from .losses import margin_triplet, nt_logistic
-from .data import ImageSet, eval_loader, train_test_splits
+from .data import ImageSet, train_test_splits
 from .learner import optimizers, simclr_learner, supervised_learner
 from .features import accuracy, effective_rank, extract_features, knn_predict
+from .linear import transformation_probe
 from .logistic import logistic_regression
 from .grids import Training, scales
 
@@ -126,46 +128,26 @@ def measure(
         found[f'rank of {name}'] = effective_rank(bank)
     return found
 
-# %% ../nbs/14k_points.ipynb #a5fc5cab
-def changed_images(
-    x:Tensor, # (B, 3, size, size) in [0, 1]
-    seed:int,
-)->dict: # name to (images, what was done to each (B,))
-    "Images to which something was done, each in its own draw."
-    rng = np.random.default_rng(seed)
-    noise = RandomNoise(p=1.)
-    drawn = torch.tensor(np.array([noise.draw_params(rng) for _ in x]))
-    noisy = noise.apply(x, drawn).clamp(0, 1)
-    coin, turns = (torch.from_numpy(rng.integers(n, size=len(x))) for n in (2, 4))
-    def some(changed): return torch.where(coin.bool()[:, None, None, None], changed, x), coin
-    turned = torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(x, turns)])
-    return dict(gray=some(to_grayscale(x).expand_as(x)), rotation=(turned, turns), noise=some(noisy),
-                edges=some(sobel(x)))
-
 # %% ../nbs/14k_points.ipynb #769e3980
-@torch.no_grad()
+def versions_of()->dict: # name to functions of images
+    "What table 3 asks about, as versions of an image."
+    rng = np.random.default_rng(0)
+    def same(x): return x
+    def gray(x): return to_grayscale(x).expand_as(x)
+    def noisy(x): return gaussian_noise(x, .1, rng.integers(1, 2**24, len(x))).clamp(0, 1)
+    turns = [partial(torch.rot90, k=k, dims=(2, 3)) for k in range(4)]
+    return dict(gray=[same, gray], rotation=turns, noise=[same, noisy], edges=[same, sobel])
+
 def measure_changes(
     networks:dict, # as in `measure`
     t:Training,
-    train:ImageSet, test:ImageSet,
-    n:int=1000, # images of each set
+    test:ImageSet,
+    n:int=2000, # images
 )->dict: # percent
     "How well h and z tell what was done to an image."
-    vectors, answers = {}, {}
-    for part, images in enumerate((train, test)):
-        some = images.subset(range(min(n, len(images))))
-        x = torch.cat([x for x, _ in eval_loader(some, t.size, num_workers=0)]).float()/255
-        for change, (new, done) in changed_images(x, part).items():
-            answers.setdefault(change, []).append(done)
-            for name, network in networks.items():
-                h = torch.cat([network.eval()(b) for b in new.split(256)])
-                vectors.setdefault((change, name), []).append(h.flatten(1))
-    found = {}
-    for (change, name), (bank, queries) in vectors.items():
-        y, truth = answers[change]
-        guess = logistic_regression(bank, y).predict(queries)
-        found[f'{change} in {name}'] = 100*accuracy(truth.numpy(), guess)
-    return found
+    some = test.subset(range(0, len(test), -(-len(test)//n)))
+    return {f'{change} in {name}': transformation_probe(network, some, versions, t.size, num_workers=0)
+            for change, versions in versions_of().items() for name, network in networks.items()}
 
 # %% ../nbs/14k_points.ipynb #1e848b5f
 def run_point(
@@ -181,7 +163,7 @@ def run_point(
     seconds = time.perf_counter() - began
     if t.supervised: networks = dict(h=learn.model[0])
     else: networks = dict(h=learn.encoder, z=nn.Sequential(learn.encoder, learn.head))
-    found = measure(networks, t, train, test, num_workers) | measure_changes(networks, t, train, test)
+    found = measure(networks, t, train, test, num_workers) | measure_changes(networks, t, test)
     if not t.supervised:
         last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
         found |= {'contrastive accuracy': 100*last['contrastive_accuracy'],

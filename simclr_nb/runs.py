@@ -71,7 +71,7 @@ def check_machine(s):
 def build_model(s)->SimCLR:
     "Encoder and head of some settings, with random weights."
     with no_random(s.seed):
-        encoder = build_encoder(s.arch, s.size)
+        encoder = build_encoder(s.arch, s.size, s.stem)
         head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
     if s.grad_checkpoint: checkpoint_activations(encoder)
     return SimCLR(encoder, head)
@@ -118,7 +118,7 @@ def make_learner(
 ):
     "The learner of some settings."
     augment = augmentations_for(s.augment or s.source, s.size)
-    learn = simclr_learner(images, s.arch, augment=augment, head=s.head, projection_dim=s.projection_dim,
+    learn = simclr_learner(images, s.arch, stem=s.stem, augment=augment, head=s.head, projection_dim=s.projection_dim,
         temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
         micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
         memory_format=getattr(torch, s.memory_format))

@@ -244,20 +244,23 @@ def overview(
         rows.append([name, study.where, study.question, f'{done} of {len(runs)}'])
     return markdown_table(['study', 'in the paper', 'question', 'runs done'], rows)
 
+# %% ../nbs/14l_studies.ipynb #ca4da0c1
 def what_was_run(
     name:str, scale:str, out:str|Path, # as in `run_study`
 )->str:
-    "One sentence: how many runs, on what, and how long they took."
+    "Two sentences: how many runs, on what, and how long they took."
     records = read_records(results_file(scale, out))
     runs = [run for run in runs_of(name, scale) if run.training in records]
-    def values(field): return ', '.join(str(v) for v in dict.fromkeys(getattr(t, field) for _, t in runs))
+    def values(field):
+        found = dict.fromkeys(getattr(t, field) for _, t in runs)
+        return ', '.join('all' if v is None else f'{v:,}' if isinstance(v, int) else v for v in found)
+    points, seeds = ({p.label for p, _ in runs}, {t.seed for _, t in runs})
     hours = sum(records[t]['result']['seconds'] for _, t in runs)/3600
-    points, seeds = (plural(len(set(some)), one) for some, one in (([p.label for p, _ in runs], 'point'),
-                                                                    ([t.seed for _, t in runs], 'seed')))
-    return (f'{plural(len(runs), "run")}: {points} with {seeds}, each {values("images")} images of {values("source")} '
-            f'at {values("size")} pixels, {values("epochs")} epochs, {values("arch")}; {hours:.1f} hours of training. '
-            'Graded on all test images.')
+    return (f'{plural(len(runs), "run")}: {plural(len(points), "point")} with {plural(len(seeds), "seed")}. '
+            f'{values("images")} images of {values("source")} at {values("size")} pixels; epochs: {values("epochs")}; '
+            f'{values("arch")}; {hours:.1f} hours of training. Graded on all test images.')
 
+# %% ../nbs/14l_studies.ipynb #540433cc
 def summary(
     name:str, scale:str, out:str|Path, # as in `run_study`
 )->str:
