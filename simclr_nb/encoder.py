@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MaxPoolSame', 'ResNet', 'resnet', 'encoder_info', 'feature_dim', 'build_encoder', 'save_encoder', 'encoder_config',
-           'load_encoder']
+           'Normalized', 'network_of', 'load_encoder']
 
 # %% ../nbs/02_encoder.ipynb #2aea4e7e
 import difflib, re
@@ -221,18 +221,18 @@ def _unknown(arch):
     return ValueError(f'unknown encoder {arch!r}{hint}. {_ACCEPTED}')
 
 # %% ../nbs/02_encoder.ipynb #a3de552e
-def _timm(name, size):
+def _timm(name, size, pretrained):
     "timm's network, without its classifier, for this size if it is tied to one."
     import timm                                          # takes seconds: only where it is needed
     if not timm.is_model(name): raise _unknown(name)
-    def make(**kwargs): return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+    def make(**kwargs): return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     try: return make(img_size=size)
     except TypeError as e:
         if 'img_size' not in str(e): raise
         return make()
 
 # %% ../nbs/02_encoder.ipynb #bafa92ed
-def _torchvision(name, size):
+def _torchvision(name, size, pretrained):
     "torchvision's network, without its classifier."
     import torchvision
     models = torchvision.models.list_models(module=torchvision.models)
@@ -240,8 +240,9 @@ def _torchvision(name, size):
         close = ', '.join(difflib.get_close_matches(name, models, n=5, cutoff=0))
         raise ValueError(f'torchvision has no classification model {name!r}; close to it: {close}')
     extra = dict(image_size=size) if name.startswith('vit') else {}
-    if name in ('googlenet', 'inception_v3'): extra = dict(init_weights=True)       # as by default, without a warning
-    net = torchvision.models.get_model(name, weights=None, **extra)
+    random = name in ('googlenet', 'inception_v3') and not pretrained
+    if random: extra = dict(init_weights=True)                              # as by default, without a warning
+    net = torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None, **extra)
     return _without_classifier(_without_side_outputs(net), name)
 
 def _without_side_outputs(net):
@@ -259,10 +260,14 @@ def _without_classifier(net, name):
     return net
 
 # %% ../nbs/02_encoder.ipynb #bfd61763
-def _named(arch, size):
-    "The network of another library."
-    if arch.startswith('torchvision/'): return _torchvision(arch.removeprefix('torchvision/'), size)
-    return _timm(arch.removeprefix('timm/'), size)
+def named_network(
+    arch:str, # 'timm/resnet50', or without timm/; 'torchvision/vit_b_16'
+    size:int, # side of the images in pixels
+    pretrained:bool=False, # with the weights that the library downloads
+)->nn.Module:
+    "The network of another library, without its classifier."
+    if arch.startswith('torchvision/'): return _torchvision(arch.removeprefix('torchvision/'), size, pretrained)
+    return _timm(arch.removeprefix('timm/'), size, pretrained)
 
 def _ours(arch, depth, width, size, stem):
     "One of the networks of this chapter, under the name that was asked for."
@@ -272,7 +277,7 @@ def _ours(arch, depth, width, size, stem):
 def _network(arch, size, stem=None):
     "The network of a name."
     ours = _parse(arch)
-    return _ours(arch, *ours, size, stem) if ours else _named(arch, size)
+    return _ours(arch, *ours, size, stem) if ours else named_network(arch, size)
 
 def _own(module, size):
     "A module that was given: what is known of it stays, unless it has changed since."
@@ -343,10 +348,28 @@ def _understood(config, path):
     return config
 
 # %% ../nbs/02_encoder.ipynb #02955bb7
+class Normalized(nn.Module):
+    "A network on images from which a mean is subtracted, divided by a standard deviation."
+    def __init__(self, net:nn.Module, mean:tuple, std:tuple):
+        super().__init__()
+        self.net = net
+        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(3, 1, 1))
+    def forward(self, x): return self.net((x - self.mean)/self.std)
+
+def network_of(
+    info:dict, # arch, size, stem, as from `encoder_info`; and normalize, mean and std, where the network wants that
+)->nn.Module:
+    "The network of a description, with random weights."
+    net = _network(info['arch'], info['size'], info['stem'])
+    if 'normalize' in info: net = Normalized(net, **info['normalize'])
+    kept = 'arch', 'size', 'stem', 'feature_dim', 'normalize'
+    return _remember(net, {k: info[k] for k in kept if k in info})
+
 def _check_outline(config, path):
     "Is the network that the description names the one of the tensors? Asked of their shapes, before it is built."
     try:
-        with torch.device('meta'): outline = _network(config['arch'], config['size'], config['stem'])
+        with torch.device('meta'): outline = network_of(config)
     except NotImplementedError: return                      # some networks of others compute with their first weights
     load_strict(outline, tensor_shapes(path), path)
     try: d = feature_dim(outline, config['size'])
@@ -366,7 +389,7 @@ def load_encoder(
                          'make that module, and call load_encoder(path, encoder=module)')
     if encoder is None:
         _check_outline(config, path)
-        with torch.random.fork_rng(devices=[]): encoder = _network(config['arch'], config['size'], config['stem'])
+        with torch.random.fork_rng(devices=[]): encoder = network_of(config)
     load_strict(unwrap(encoder), load_file(path), path)
     _remember(encoder, config)
     return encoder.eval()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from .core import TooFewImages, plural
 from .augmentations import keyed_rng
-from .encoder import build_encoder, encoder_info
+from .encoder import encoder_info, network_of
 from .lars import scale_lr
 from .data import ImageSet
 from .learner import SimCLRLearner
@@ -145,7 +145,7 @@ def reinit(
     if not info.get('arch'):
         raise ValueError('it is not known how to build this network again: its description names no arch. '
                          'Give one from build_encoder or load_encoder, or build a new one yourself')
-    with no_random(seed): return build_encoder(info['arch'], info['size'], info['stem'])
+    with no_random(seed): return network_of(info)
 
 # %% ../nbs/11_labels.ipynb #c6e45591
 def label_fraction_scores(
