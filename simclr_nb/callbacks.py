@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SanityChecks', 'ContrastiveMetrics', 'History', 'read_history', 'zero_linear', 'OnlineProbe', 'OnlineEval',
-           'Precision']
+           'FreezeEncoder', 'Precision']
 
 # %% ../nbs/08a_callbacks.ipynb #e1339709
 import math, time, warnings
@@ -317,6 +317,15 @@ class OnlineEval(Callback):
         if get_rank(): return
         with no_random(): self.accuracy = self.evaluate(unwrap(self.model).encoder)
         self.accuracies[done] = self.accuracy
+
+# %% ../nbs/08a_callbacks.ipynb #eb3abd82
+class FreezeEncoder(Callback):
+    "For the first epochs only the head learns."
+    order = 9        # after mixed precision has put the scale of the gradients right
+    def __init__(self, epochs:int): self.epochs = epochs
+    def before_step(self):
+        if self.epochs_completed() < self.epochs:
+            for p in unwrap(self.model).encoder.parameters(): p.grad = None
 
 # %% ../nbs/08a_callbacks.ipynb #f1823801
 class Precision(MixedPrecision):

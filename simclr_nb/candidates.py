@@ -95,7 +95,7 @@ def untrained_head(head:nn.Module, seed:int)->nn.Module:
     with no_random(seed): return projection_head(**parts)
 
 # %% ../nbs/14d_candidates.ipynb #68e687b4
-built_in = 'pixels', 'pca', 'untrained', 'supervised'
+built_in = 'pixels', 'pca', 'untrained', 'start', 'supervised'
 
 def transform_of(encoder:nn.Module):
     "The preprocessing of an encoder that brings its own; None: `size` and `crop`."
@@ -131,12 +131,16 @@ def _baseline(name, found, like, layer, side):
         seeds = [encoder_info(f.encoder).get('seed', 0) for f in found]
         first = [f for i, f in enumerate(found) if seeds[i] not in seeds[:i]]
         return [like._replace(name=name, encoder=_untrained(f, layer), run=i) for i, f in enumerate(first)]
+    if name == 'start':
+        file = found[0].run and found[0].run/'start.safetensors'
+        if not file or not file.is_file(): return []                             # it began with random weights
+        return [like._replace(name=name, encoder=load_encoder(file).to(default_device()))]
     other = find_encoder(name)
     return [candidate(other, name=other.title if other.title not in (*built_in, found[0].name) else name)]
 
 def candidates(
     found:list, # of `Found`: runs that differ in their seed
-    names=('pixels', 'pca', 'untrained'), # baselines
+    names=('pixels', 'pca', 'untrained', 'start'), # baselines
     layer:str='h', # or 'z'
     crop:float|None=None, # of test images; None: the encoder's own
     side:int=64, # of the pixels, at most

@@ -36,6 +36,10 @@ class Data:
 @dataclass(kw_only=True)
 class Network:
     arch: str = 'resnet50' # resnet18 to resnet152, with a width as in resnet50_2x, a timm name, or torchvision/NAME
+    # start: encoder file, folder of a run, timm:NAME, torchvision:NAME, official:CHECKPOINT, or a file of plain
+    # weights of --arch; None: random weights
+    weights: AnyText = None
+    freeze_epochs: Natural = 0 # epochs in which only the head learns, to spare the weights it starts from
     # stem of the ResNets; None: cifar up to 32 pixels, imagenet above
     stem: Annotated[Literal['imagenet', 'cifar', 'small'] | None, optional()] = None
     head: Literal['nonlinear', 'linear', 'none'] = 'nonlinear' # projection head
@@ -95,6 +99,9 @@ def check_pretrain(s:Pretrain):
         raise ValueError('this recipe does not say where its images are: give a folder')
     if s.lr is None and s.optimizer != 'lars':
         raise ValueError(f'--lr-scaling is for LARS: give --lr for {s.optimizer} (0.001 is a start for Adam)')
+    if s.weights and s.stem: raise ValueError('--stem is for random weights: those of --weights bring their network')
+    if s.freeze_epochs and not s.weights:
+        raise ValueError('--freeze-epochs spares the weights of --weights: give these')
 
 # %% ../nbs/14_cli.ipynb #4ad4a533
 def pretrain(s:Pretrain):
@@ -144,8 +151,9 @@ class Input:
     # that differ in their seed; last the labeled images (a folder with one subfolder for each class, or solar_cells,
     # cifar10, imagenette)
     encoders_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER… DATA')]
-    # what they are compared with: pixels, pca, untrained, supervised, or any other encoder
-    baselines: several(str) = ('pixels', 'pca', 'untrained')
+    # what they are compared with: pixels, pca, untrained, start (what the run began with, if that was trained),
+    # supervised, or any other encoder
+    baselines: several(str) = ('pixels', 'pca', 'untrained', 'start')
     layer: Literal['h', 'z'] = 'h' # features: h, or z behind the projection head
     # fraction of a test image's shorter side to keep; None: 1, for timm its own
     crop: Annotated[AnyFloat, 'at least 0.05', 'at most 1'] = None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views
 from .encoder import build_encoder, feature_dim, safe_layout, save_encoder as write_encoder
+from .weights import pretrained
 from .projection import SimCLR, projection_head
 from .ntxent import check_temperature, nt_xent
 from .lars import LARS, learning_rate, param_groups, schedule_plan
@@ -152,10 +153,10 @@ def _learner(dls, model, loss, metrics, own_cbs, more_metrics=None, cbs=None, **
     return learn
 
 # %% ../nbs/08_learner.ipynb #666a358d
-def _model(arch, stem, size, head, projection_dim, seed, micro_batch):
+def _model(arch, weights, stem, size, head, projection_dim, seed, micro_batch):
     "Encoder and head, their weights from the seed."
     with no_random(seed):
-        encoder = build_encoder(arch, size, stem)
+        encoder = pretrained(weights, arch, size) if weights else build_encoder(arch, size, stem)
         if not isinstance(head, nn.Module): head = projection_head(feature_dim(encoder, size), head, projection_dim)
         return SimCLR(encoder, head, micro_batch)
 
@@ -168,6 +169,7 @@ def simclr_learner(
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
+    weights=None, # to start from, as for `pretrained`: an encoder file, 'timm:NAME', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
@@ -189,7 +191,7 @@ def simclr_learner(
     if memory_format is None:                             # a module of the user's may not take channels_last
         memory_format = torch.channels_last if isinstance(arch, str) else torch.contiguous_format
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
-    model = _model(arch, stem, size, head, projection_dim, seed, micro_batch)
+    model = _model(arch, weights, stem, size, head, projection_dim, seed, micro_batch)
     memory_format = safe_layout(model, memory_format)
     model.to(memory_format=memory_format)
     if grad_checkpoint: checkpoint_activations(model.encoder)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['view_size', 'launched', 'check_machine', 'dry_run_facts', 'make_learner', 'run_config', 'tensorboard_logger',
-           'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLines', 'progress', 'train', 'pretrain_run',
-           'runs_table']
+           'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLines', 'progress', 'train', 'keep_start',
+           'pretrain_run', 'runs_table']
 
 # %% ../nbs/14c_runs.ipynb #a23cc265
 import os, platform, signal, sys, time, warnings
@@ -19,15 +19,17 @@ from fastai.callback.core import Callback
 from fastai.torch_core import default_device, no_random
 from . import __version__
 from .core import get_rank, shown
-from .encoder import build_encoder, encoder_info
+from .encoder import build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info
+from .weights import pretrained
 from .projection import SimCLR, projection_head, save_head
 from .data import augmentations_for, check_batch, load_images, presets
 from .distributed import all_gather_objects, any_rank, launched_processes, process_group
 from .memory import bytes_per_step, checkpoint_activations, memory_per_device
-from .callbacks import History, OnlineEval, read_history
+from .callbacks import FreezeEncoder, History, OnlineEval, read_history
 from .resume import Checkpoints
 from .learner import schedule_plan, simclr_learner
 from .features import knn_evaluator
+from .official import load_official
 from .pictures import markdown_table, plot_history, save_figure
 from .folder import finish, held_folder, read_json, run_folder, settle
 
@@ -68,10 +70,19 @@ def check_machine(s):
     if s.log == 'wandb': check_wandb()
 
 # %% ../nbs/14c_runs.ipynb #bdacbf48
+def start_of(s, out:Path|None=None): # settings, `size` is set; folder of the run
+    "What a run begins with: the name of its network, or an encoder with weights."
+    if not s.weights: return s.arch
+    kept = out/'start.safetensors' if out else None
+    if kept and kept.is_file() and not s.overwrite: return load_encoder(kept)
+    if s.weights.startswith('official:'): encoder = load_official(s.weights.removeprefix('official:')).encoder
+    else: encoder = pretrained(s.weights, s.arch, s.size)
+    return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
+
 def build_model(s)->SimCLR:
-    "Encoder and head of some settings, with random weights."
+    "Encoder and head of some settings, as a run begins."
     with no_random(s.seed):
-        encoder = build_encoder(s.arch, s.size, s.stem)
+        encoder = build_encoder(start_of(s), s.size, s.stem)
         head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
     if s.grad_checkpoint: checkpoint_activations(encoder)
     return SimCLR(encoder, head)
@@ -115,11 +126,12 @@ def dry_run_facts(
 def make_learner(
     s, # settings; `size` is set
     images, # `ImageSet`
+    out:Path|None=None, # folder of the run, where it keeps what it began with
 ):
     "The learner of some settings."
     augment = augmentations_for(s.augment or s.source, s.size)
-    learn = simclr_learner(images, s.arch, stem=s.stem, augment=augment, head=s.head, projection_dim=s.projection_dim,
-        temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
+    learn = simclr_learner(images, start_of(s, out), stem=s.stem, augment=augment, head=s.head,
+        projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
         micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
         memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
@@ -194,8 +206,8 @@ def make_callbacks(s, out:Path, learn, images, config:dict, defining:dict)->list
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
     checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
-    return [checkpoints, Replacement(out), History(out/'history.csv'), *make_online_eval(s, images),
-            *make_logger(s, out, learn, config)]
+    return [checkpoints, Replacement(out), History(out/'history.csv'), FreezeEncoder(s.freeze_epochs),
+            *make_online_eval(s, images), *make_logger(s, out, learn, config)]
 
 # %% ../nbs/14c_runs.ipynb #28405be5
 class EpochLines(Callback):
@@ -270,6 +282,11 @@ def stopping(s, learn, log):
         raise SystemExit(128 + signal.SIGINT) if isinstance(e, KeyboardInterrupt) else e
 
 # %% ../nbs/14c_runs.ipynb #4ad4a533
+def keep_start(s, out:Path, learn):
+    "Keep what a run began with: to go on without a download, and as a baseline of its evaluation."
+    if s.weights and not get_rank() and not (out/'start.safetensors').exists():
+        save_encoder(learn.encoder, out/'start.safetensors')
+
 def pretrain_run(
     s, # settings
     defining:dict, # those of them that make this run, by name
@@ -278,11 +295,12 @@ def pretrain_run(
     out, images = run_folder(s.out, s.source), load_images(s.source)
     check_batch(len(images), s.batch_size)
     with process_group():
-        learn = make_learner(s, images)
+        learn = make_learner(s, images, out)
         config = run_config(s, defining, learn, images)
         log = print if not get_rank() else lambda *_: None
         with begun(out, config, [*defining, 'images'], s.overwrite) as go:
             if not go: return log(f'{out} is complete: there is nothing to do')
+            keep_start(s, out, learn)
             with learn.distrib_ctx(), stopping(s, learn, log):
                 report = train(s, out, learn, make_callbacks(s, out, learn, images, config, defining))
             if not report: return
