@@ -131,8 +131,8 @@ def make_learner(
     "The learner of some settings."
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, start_of(s, out), stem=s.stem, augment=augment, head=s.head,
-        projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed, num_workers=s.num_workers,
-        micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
+        projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed,
+        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
         memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
