@@ -31,8 +31,8 @@ def run_folder(
 
 # %% ../nbs/14h_folder.ipynb #ae4b0abb
 run_files = ['checkpoints/step-*.pt', 'history.csv', 'start.safetensors', 'encoder.safetensors', 'head.safetensors',
-    'vectors.safetensors', 'search.html', 'report.json', 'report.md', 'transfer.json', 'transfer.md', 'transfer/*.npz', 'tensorboard/events.*', 'wandb/run-*',
-    'wandb/offline-run-*', 'wandb/debug*.log', 'wandb/latest-run']
+    'vectors.safetensors', 'search.html', 'report.json', 'report.md', 'transfer.json', 'transfer.md', 'transfer/*.npz',
+    'tensorboard/events.*', 'wandb/run-*', 'wandb/offline-run-*', 'wandb/debug*.log', 'wandb/latest-run']
 evaluation_figures = [f'{name}.png' for name in ('scores', 'confusion', 'labels_*', 'neighbors', 'spectrum', 'map',
     'alignment_uniformity')] + ['map.html']
 run_figures = ['pairs.png', 'history.png', *evaluation_figures]
