@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'check_vectors_file', 'write_vectors', 'read_vectors', 'vectors_file', 'about_encoder', 'embed_images',
-           'Hit', 'search_images', 'hits_table', 'thumbnail', 'gallery_page']
+           'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'thumbnail', 'gallery_page']
 
 # %% ../nbs/14m_vectors.ipynb #8be9aa29
 import base64, html, io, json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from PIL import ImageOps
 from safetensors.torch import load_file
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from .core import atomic_write, digest, read_description, save_tensors, shown
 from .data import BadImage, ImageSet, open_image
@@ -137,6 +138,32 @@ def hits_table(found:dict)->str: # Markdown
             for path, hits in found.items() for i, hit in enumerate(hits)]
     return markdown_table(['image', 'cosine', 'near it'], rows)
 
+# %% ../nbs/14m_vectors.ipynb #c1461253
+def typicality(
+    h:Tensor, # (n, d) vectors
+    k:int=20, # neighbors; fewer where there are fewer
+)->Tensor: # (n,) larger: more typical
+    "One divided by the mean distance to the nearest neighbors, on the unit sphere."
+    k = min(k, len(h) - 1)
+    if k == 0: return torch.ones(len(h))
+    cosines, _ = nearest(h, h, k + 1)                                          # the first is the image itself
+    distances = (2 - 2*cosines[:, 1:]).clamp(min=0).sqrt().mean(1)
+    return 1/distances.clamp(min=1e-6)
+
+def select_images(
+    h:Tensor, # (n, d) vectors
+    n:int, # images to select
+    seed:int=0, # of the clusters
+)->list: # n indices, of the largest clusters first
+    "The images to label first: the most typical one of each of n clusters."
+    if not 1 <= n <= len(h): raise ValueError(f'of {len(h)} images, 1 to {len(h)} can be selected, not {n}')
+    x = F.normalize(h.float(), dim=1)
+    clusters = MiniBatchKMeans(n, random_state=seed, batch_size=4096, n_init=3).fit_predict(x.numpy())
+    members = sorted((np.flatnonzero(clusters == c) for c in set(clusters.tolist())), key=len, reverse=True)
+    chosen = [int(some[typicality(x[some]).argmax()]) for some in members]
+    spare = [i for i in typicality(x).argsort(descending=True).tolist() if i not in set(chosen)]
+    return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
+
 # %% ../nbs/14m_vectors.ipynb #a386fed9
 def thumbnail(path:str|Path, side:int)->str:
     "A square picture as a `data:` address; empty where the file cannot be read."
@@ -149,20 +176,24 @@ def thumbnail(path:str|Path, side:int)->str:
 _style = """body { font: 14px system-ui, sans-serif; margin: 1.5em; max-width: 75em }
 section { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em 0; border-top: 1px solid #ddd }
 figure { margin: 0; width: 7em } img { width: 7em; height: 7em; object-fit: cover; border-radius: 3px }
-figure:first-child { margin-right: 1em } figure:first-child img { outline: 3px solid #1f77b4 }
+figure.asked { margin-right: 1em } figure.asked img { outline: 3px solid #1f77b4 }
 figcaption { font-size: 11px; color: #555; overflow-wrap: anywhere }"""
 
 def gallery_page(
     path:str|Path, # the file; its folder is made
-    rows:list, # of lists of (picture's path, caption), the first of each marked
+    rows:list, # of lists of (picture's path, caption)
     title:str,
     side:int=112, # of the pictures, pixels
+    asked:bool=True, # mark the first picture of each row, which the others answer
 )->Path: # path
     "A page with rows of pictures that opens offline."
-    def figure(file, caption):
+    def figure(file, caption, mark):
         words = html.escape(f'{caption} {Path(file).name}'.strip())
-        return f'<figure><img src="{thumbnail(file, side)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-    body = ''.join('<section>' + ''.join(figure(*item) for item in row) + '</section>' for row in rows)
+        picture = f'<img src="{thumbnail(file, side)}" alt="{words}">'
+        return f'<figure{mark}>{picture}<figcaption>{words}</figcaption></figure>'
+    marks = ' class="asked"' if asked else '', ''
+    body = ''.join('<section>' + ''.join(figure(*item, marks[i > 0]) for i, item in enumerate(row)) + '</section>'
+                   for row in rows)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f'<title>{html.escape(title)}</title><style>{_style}</style>'
     body = f'<h1>{html.escape(title)}</h1>{body}'

@@ -9,7 +9,7 @@ __all__ = ['pretrained', 'is_encoder_file']
 import pickle
 from pathlib import Path
 
-import timm, torch
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -36,6 +36,7 @@ def _as_ours(net, arch, size, start):
 # %% ../nbs/02a_weights.ipynb #f953258a
 def _native_size(kind, name):
     "The side of the images that a network was trained on, pixels."
+    import timm                                          # takes seconds: only where it is needed
     if kind == 'torchvision' or not timm.is_model(name): return 224
     facts = timm.get_pretrained_cfg(name)
     return facts.input_size[-1] if facts else 224

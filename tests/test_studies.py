@@ -64,7 +64,7 @@ def different(t):
     "A training that differs from another in one setting, for each setting that a study changes."
     return {f: replace(t, **{f: v}) for f, v in dict(augment='crop', strength=.1, colors='simclrv1', one_branch=True,
         head='linear', projection_dim=16, loss='margin', temperature=.5, normalize=False, optimizer='sgd', lr=.01,
-        batch_size=16, epochs=2, supervised=True, seed=1, images=80, arch='resnet18_0.25x').items()}
+        batch_size=16, epochs=2, supervised=True, seed=1, images=80, norm_pictures=4, arch='resnet18_0.25x').items()}
 
 def test_every_setting_that_a_study_changes_reaches_the_run():
     tiny = scales['tiny']
@@ -72,7 +72,9 @@ def test_every_setting_that_a_study_changes_reaches_the_run():
     first = weights(tiny)
     assert weights(tiny) == first
     for field, t in different(tiny).items(): assert weights(t) != first, field
-    assert changed - set(different(tiny)) <= {'lr_scaling'}
+    assert changed - set(different(tiny)) <= {'lr_scaling', 'labels'}
+    labels = [replace(tiny, supervised=True, labels=n) for n in (None, 64)]
+    assert weights(labels[0]) != weights(labels[1])
     rules = [replace(tiny, optimizer='lars', lr=None, lr_scaling=rule) for rule in ('linear', 'sqrt')]
     rates = [train_point(t, images_of(tiny)[0]).opt.hypers[0]['lr'] for t in rules]
     assert rates[0] != rates[1]

@@ -1,4 +1,4 @@
-"""Keep a run in the tree, small: its settings and history, encoder and head in half precision, the report if there is one.
+"""Keep a run in the tree, small: its settings, history and report, encoder and head in half precision.
 
     python tools/keep_run.py runs/cifar10 nbs/cifar10
 """
@@ -11,13 +11,12 @@ from simclr_nb.projection import load_head, save_head
 
 def keep(run, to):
     to.mkdir(parents=True, exist_ok=True)
-    for name in ('config.json', 'history.csv', 'report.json'):
-        if (run/name).exists(): shutil.copy(run/name, to/name)
+    for name in ('config.json', 'history.csv', 'report.json'): shutil.copy(run/name, to/name)
     save_encoder(load_encoder(run/'encoder.safetensors').half(), to/'encoder.safetensors')
-    if (run/'head.safetensors').exists(): save_head(load_head(run/'head.safetensors').half(), to/'head.safetensors')
+    save_head(load_head(run/'head.safetensors').half(), to/'head.safetensors')
     settings = json.loads((to/'config.json').read_text())
-    print(f'{to}: {settings["source"]}, {settings["epochs"]} epochs, '
-          f'{sum(file.stat().st_size for file in to.iterdir())/1e6:.1f} MB')
+    size = sum(file.stat().st_size for file in to.iterdir())
+    print(f'{to}: {settings["source"]}, {settings["epochs"]} epochs, {size/1e6:.1f} MB')
 
 
 if __name__ == '__main__': keep(*map(Path, sys.argv[1:]))
