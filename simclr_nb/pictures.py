@@ -74,18 +74,20 @@ def _score_bars(ax, scores, name, j, n):
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
 
 # %% ../nbs/09a_pictures.ipynb #98f1ef35
-def _table_line(cells, width):
-    first, *rest = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, width)))
+def _table_line(cells, width, left):
+    first, *rest = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, width)))
     return '| ' + ' | '.join([first, *rest]) + ' |'
 
 def markdown_table(
     head:list, # of strings
     rows:list, # of lists of strings
+    left:int=1, # columns of text, to the left; the others, of numbers, to the right
 )->str:
-    "A table in Markdown that is one on a terminal too: the first column to the left, the others to the right."
+    "A table in Markdown that is one on a terminal too."
     width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    rule = ['-'*(width[0] + 2), *('-'*(w + 1) + ':' for w in width[1:])]
-    return '\n'.join([_table_line(head, width), f'|{"|".join(rule)}|', *(_table_line(r, width) for r in rows)])
+    rule = ['-'*(w + 2) if i < left else '-'*(w + 1) + ':' for i, w in enumerate(width)]
+    lines = [_table_line(r, width, left) for r in (head, *rows)]
+    return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
 
 # %% ../nbs/09a_pictures.ipynb #e6d73729
 def _mark(ax, same): # True, False, or None where nobody knows

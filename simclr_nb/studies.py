@@ -109,7 +109,7 @@ def results(
 # %% ../nbs/14l_studies.ipynb #3c887829
 def mean_and_sd(of_seeds:dict)->str:
     values = list(of_seeds.values())
-    return f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
+    return f'{np.mean(values):.1f}' + (f'\u00a0±\u00a0{np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
 
 # %% ../nbs/14l_studies.ipynb #aa1bbea3
 def study_table(
@@ -147,7 +147,7 @@ class Verdict(NamedTuple):
     seeds:int
     def differences(self)->tuple: # two texts
         "The paper's, and ours with its interval."
-        interval = f' ± {self.half:.1f}' if self.seeds > 1 else ''
+        interval = f'\u00a0±\u00a0{self.half:.1f}' if self.seeds > 1 else ''
         return '' if self.paper is None else f'{self.paper:+.1f}', f'{self.difference:+.1f}{interval}'
     def text(self)->str: # shows, contradicts, or does not show
         if self.difference - self.half > 0: return 'shows'
@@ -181,8 +181,8 @@ def verdict_table(
     name:str, scale:str, out:str|Path, # as in `run_study`
 )->str: # Markdown; empty where there is nothing to judge
     "The claims of a study: the paper's difference, ours with its 95% interval, and the verdict."
-    rows = [[v.claim, *v.differences(), v.text()] for v in verdicts(name, scale, out)]
-    return markdown_table(['claim', 'paper, points', 'ours', 'verdict'], rows) if rows else ''
+    rows = [[v.claim, v.text(), *v.differences()] for v in verdicts(name, scale, out)]
+    return markdown_table(['claim', 'verdict', 'paper, points', 'ours'], rows, left=2) if rows else ''
 
 # %% ../nbs/14l_studies.ipynb #33581925
 def claims_table(
@@ -193,8 +193,8 @@ def claims_table(
     for name, study in studies.items():
         if runs_left(name, scale, out): continue
         for v in verdicts(name, scale, out):
-            rows.append([v.claim, study.where, *v.differences(), v.text(), f'`simclr study {name}`'])
-    return markdown_table(['claim', 'in the paper', 'paper, points', 'ours', 'verdict', 'command'], rows)
+            rows.append([v.claim, study.where, f'`simclr study {name}`', v.text(), *v.differences()])
+    return markdown_table(['claim', 'in the paper', 'command', 'verdict', 'paper, points', 'ours'], rows, left=4)
 
 # %% ../nbs/14l_studies.ipynb #c7118e24
 def study_figure(
@@ -206,7 +206,7 @@ def study_figure(
     if name == 'augmentations': return pair_maps(points, measured)
     values = [list(measured[p.label]['linear'].values()) for p in points]
     known, height = [p for p in points if p.paper is not None], max(2., .3*len(points) + .9)
-    fig, axs = plt.subplots(1, 2 if known else 1, figsize=(8 if known else 4.6, height), sharey=True, squeeze=False,
+    fig, axs = plt.subplots(1, 2 if known else 1, figsize=(6.8 if known else 4.6, height), sharey=True, squeeze=False,
                             layout='constrained')
     y = np.arange(len(points))[::-1]
     axs[0, 0].errorbar([np.mean(v) for v in values], y, xerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
@@ -228,7 +228,7 @@ def pair_maps(points, measured):
             label = pair_label(*sorted((a, b), key=pair_names.index))
             if label not in measured: continue
             ours[i, j], theirs[i, j] = np.mean(list(measured[label]['linear'].values())), paper[label]
-    fig, axs = plt.subplots(1, 2, figsize=(9.6, 4.2), layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(9, 4.2), layout='constrained')
     for ax, values, title in zip(axs, (ours, theirs), ('ours: linear accuracy, %', 'the paper’s: ImageNet top-1, %')):
         ax.imshow(values, cmap='Blues')
         middle = np.nanmin(values) + .6*np.ptp(values[np.isfinite(values)])
@@ -250,7 +250,7 @@ def overview(
         runs, records = runs_of(name, scale), read_records(results_file(scale, out))
         done = sum(run.training in records for run in runs)
         rows.append([name, study.where, study.question, f'{done} of {len(runs)}'])
-    return markdown_table(['study', 'in the paper', 'question', 'runs done'], rows)
+    return markdown_table(['study', 'in the paper', 'question', 'runs done'], rows, left=3)
 
 # %% ../nbs/14l_studies.ipynb #ca4da0c1
 def what_was_run(
