@@ -34,3 +34,10 @@ def test_every_result_belongs_to_a_study():
 def test_the_results_page_shows_every_claim():
     tables = shown(nbs/'results.ipynb')
     assert claims_table('small', committed) in tables and overview('small', committed) in tables
+
+def test_the_front_page_shows_the_scores_of_the_run():
+    page = (nbs.parent/'README.md').read_text(encoding='utf-8').replace('**', '')
+    for name in ('few', 'report'):
+        scores = json.loads((nbs/'cifar10'/f'{name}.json').read_text())['scores']
+        wanted = [s['balanced accuracy'] for s in scores if s['protocol'] == 'logreg' and s['encoder'] != 'pca']
+        assert len(wanted) >= 3 and all(f"{m['mean']:.1f} ({m['low']:.1f} to {m['high']:.1f})" in page for m in wanted)
