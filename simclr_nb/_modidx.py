@@ -1231,6 +1231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simclr_nb.store._glimpse': ('store.html#_glimpse', 'simclr_nb/store.py'),
                                  'simclr_nb.store._weights': ('store.html#_weights', 'simclr_nb/store.py'),
                                  'simclr_nb.store.description': ('store.html#description', 'simclr_nb/store.py'),
+                                 'simclr_nb.store.encoder_facts': ('store.html#encoder_facts', 'simclr_nb/store.py'),
                                  'simclr_nb.store.extraction_facts': ('store.html#extraction_facts', 'simclr_nb/store.py')},
             'simclr_nb.studies': { 'simclr_nb.studies.Run': ('studies.html#run', 'simclr_nb/studies.py'),
                                    'simclr_nb.studies.Verdict': ('studies.html#verdict', 'simclr_nb/studies.py'),

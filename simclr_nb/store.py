@@ -65,12 +65,16 @@ def _files(images):
         yield os.path.relpath(name, root) + b'\0'
         yield _glimpse(name)
 
-def extraction_facts(encoder, images, size, crop, transform)->dict:
-    "What features depend on: weights and structure, files, and how images are prepared."
-    facts = dict(encoder=digest([repr(encoder).encode(), *_weights(encoder)]), files=digest(_files(images)))
+def encoder_facts(encoder, size, crop, transform)->dict:
+    "What features depend on beside the files: weights and structure, and how images are prepared."
+    facts = dict(encoder=digest([repr(encoder).encode(), *_weights(encoder)]))
     if transform is None: return facts | dict(transform=None, size=size, crop=crop)
     name = getattr(transform, '__qualname__', type(transform).__qualname__)
     return facts | dict(transform=f'{name} {digest([description(transform).encode()])}', size=None, crop=None)
+
+def extraction_facts(encoder, images, size, crop, transform)->dict:
+    "What features depend on: the encoder, how images are prepared, and the files."
+    return encoder_facts(encoder, size, crop, transform) | dict(files=digest(_files(images)))
 
 # %% ../nbs/09b_store.ipynb #5e547a89
 class FeatureStore:

@@ -247,9 +247,9 @@ def overview(
     "All studies: their question, and how many of their runs are done."
     rows = []
     for name, study in studies.items():
-        runs, records = runs_of(name, scale), read_records(results_file(scale, out))
-        done = sum(run.training in records for run in runs)
-        rows.append([name, study.where, study.question, f'{done} of {len(runs)}'])
+        total = len(runs_of(name, scale))
+        done = total - len(runs_left(name, scale, out))
+        rows.append([name, study.where, study.question, f'{done} of {total}'])
     return markdown_table(['study', 'in the paper', 'question', 'runs done'], rows, left=3)
 
 # %% ../nbs/14l_studies.ipynb #ca4da0c1

@@ -16,8 +16,9 @@ from PIL import ImageOps
 from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
-from .core import atomic_write, digest, read_description, save_tensors, shown
+from .core import atomic_write, read_description, save_tensors, shown
 from .data import BadImage, ImageSet, open_image
+from .store import encoder_facts
 from .features import extract_features, nearest
 from .pictures import markdown_table
 from .candidates import candidate, find_encoder
@@ -86,9 +87,7 @@ def vectors_file(encoder:str|Path)->Path:
 
 def about_encoder(c, layer:str)->dict: # of a `Candidate`
     "What vectors have to have in common to be compared."
-    weights = [t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.ndim else str(t).encode()
-               for t in c.encoder.state_dict().values()]
-    return dict(encoder=digest(weights), layer=layer, size=c.size, crop=c.crop)
+    return encoder_facts(c.encoder, c.size, c.crop, c.transform) | dict(layer=layer)
 
 def embed_images(
     encoder:str|Path, # folder of a run, encoder file, or timm name
