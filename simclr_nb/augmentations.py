@@ -19,7 +19,7 @@ from .core import pixels, send, to_rgb
 
 # %% ../nbs/01_augmentations.ipynb #84e4a335
 def check_images(x):
-    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+    if x.ndim != 4 or x.shape[1] > 4 and x.shape[3] <= 4 or not x.is_floating_point():     # (B, H, W, 3), say
         raise ValueError(f'expected float images (B, 3, H, W) in [0, 1], got {tuple(x.shape)} of {x.dtype}')
 
 def per_image(p, x):
@@ -196,7 +196,7 @@ luma = .2989, .587, .114                                 # TensorFlow's and torc
 
 def to_grayscale(x):
     "Luma 0.2989 R + 0.587 G + 0.114 B, in three equal channels."
-    check_images(x)
+    if x.shape[1] != 3: raise ValueError(f'gray is made of RGB, (B, 3, H, W), got {tuple(x.shape)}')
     r, g, b = x.split(1, 1)
     return (luma[0]*r + luma[1]*g + luma[2]*b).expand_as(x)
 
@@ -207,7 +207,7 @@ def scale_brightness(x, delta):
 
 def blend_contrast(x, factor):
     "Stretch all channels around the mean of the gray image, as torchvision does."
-    mean = to_grayscale(x).mean((1, 2, 3), keepdim=True)
+    mean = (to_grayscale(x) if x.shape[1] == 3 else x).mean((1, 2, 3), keepdim=True)
     return mean + (x - mean)*per_image(factor, x)
 
 def blend_saturation(x, factor):
@@ -314,7 +314,7 @@ class Augmentation:
 @patch
 def check_params(self:Augmentation, x, params):
     "A `ValueError` where the parameters are not those of the images."
-    if x.ndim != 4 or x.shape[1] != 3 or params.shape != (len(x), self.n_params):
+    if x.ndim != 4 or x.shape[1] > 4 and x.shape[3] <= 4 or params.shape != (len(x), self.n_params):
         raise ValueError(f'expected images (B, 3, H, W) with {self.n_params} parameters each, '
                          f'as draw_views gives them, got {tuple(x.shape)} and {tuple(params.shape)}')
 

@@ -25,12 +25,15 @@ Epochs = Annotated[AnyCount, 'at most 1,000,000']
 
 @dataclass(kw_only=True)
 class Data:
-    # folder of images, or solar_cells, cifar10, imagenette; a recipe may name it
+    # folder of images, 'shards/*.tar', a table (.csv, .parquet), an address (s3://…), hf:OWNER/NAME, or solar_cells,
+    # cifar10, imagenette; a recipe may name it
     source: Annotated[Positional[str | None], optional()] = None
     # other defaults: imagenet, imagenet-sqrt, cifar10, imagenette, solar_cells, or a .yaml file
     recipe: AnyText = how(None)
     size: Annotated[AnyCount, 'at most 8,192'] = None # side of the views, pixels; None: the preset's, 224 for a folder
     augment: Annotated[Preset | None, optional()] = None # augmentations of this preset; None: what suits the source
+    # the second view comes from another image of the same group: a column of the table, or 'folder'
+    positives: AnyText = None
     images: AnyCount = how(None) # number of images, for --dry-run without them; None: counted
 
 @dataclass(kw_only=True)

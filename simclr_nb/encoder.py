@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from . import __version__
 from .core import eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
+from .channels import adapt_channels, channels_of
 
 # %% ../nbs/02_encoder.ipynb #83406662
 def conv_bn(
@@ -167,7 +168,7 @@ def set_encoder_info(
 def _probe(encoder, size):
     "What the encoder makes of one gray image."
     like = next(encoder.parameters(), torch.empty(0))
-    x = torch.full((1, 3, size, size), .5, device=like.device, dtype=like.dtype)
+    x = torch.full((1, channels_of(encoder), size, size), .5, device=like.device, dtype=like.dtype)
     kept = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
     try:
         with eval_mode(encoder), kept: return encoder(x)
@@ -363,7 +364,8 @@ def network_of(
     "The network of a description, with random weights."
     net = _network(info['arch'], info['size'], info['stem'])
     if 'normalize' in info: net = Normalized(net, **info['normalize'])
-    kept = 'arch', 'size', 'stem', 'feature_dim', 'normalize'
+    if info.get('channels', 3) != 3: adapt_channels(net, info['channels'])
+    kept = 'arch', 'size', 'stem', 'feature_dim', 'normalize', 'channels', 'pixels'
     return _remember(net, {k: info[k] for k in kept if k in info})
 
 def _check_outline(config, path):

@@ -110,7 +110,7 @@ def motion_blur(
 )->Tensor: # (B, 3, H, W)
     "Average along a line; edges of the image repeat."
     r = math.ceil(torch.as_tensor(length).max())//2 + 1 if kernel_size is None else kernel_size//2
-    kernel = _line(per_image(length, x), per_image(angle, x), r).expand(len(x), -1, -1, -1).repeat_interleave(3, 0)
+    kernel = _line(per_image(length, x), per_image(angle, x), r).expand(len(x), -1, -1, -1).repeat_interleave(x.shape[1], 0)
     wide = F.pad(x, (r, r, r, r), mode='replicate').flatten(0, 1)[None]
     return F.conv2d(wide, kernel, groups=len(kernel)).view_as(x)
 
@@ -314,6 +314,7 @@ def apply_cpu(
     if x.device.type != 'cpu' or x.dtype not in (torch.uint8, torch.float32) or x.requires_grad:
         raise ValueError(f'expected uint8 or float32 images on a CPU, without gradients, got {x.dtype} '
                          f'on {x.device}, requires_grad={x.requires_grad}. Use augment.apply')
+    if x.shape[1] != 3: return augment.apply(x, params)      # OpenCV's colors are RGB
     out = np.empty((len(x), *x.shape[2:], 3), np.float32)   # not torch.empty: NumPy gets large pages
     for to, im, row in zip(out, x.permute(0, 2, 3, 1).numpy(), params.tolist()):
         to[...] = _apply_one(augment, im, row)

@@ -50,6 +50,7 @@ def _weights(encoder):
 
 def _glimpse(path, n=1024):
     "The size of a file, and bytes from its middle; nothing where it cannot be read."
+    if hasattr(path, 'mark'): return path.mark.encode()    # in a store
     try:
         size = os.path.getsize(path)
         with open(path, 'rb') as f:
@@ -59,11 +60,13 @@ def _glimpse(path, n=1024):
 
 def _files(images):
     "Names below the folder that holds them all, and what is in the files."
-    names = [os.fsencode(os.path.abspath(f)) for f in images.files]
-    root = os.path.commonpath({os.path.dirname(name) for name in names})
-    for name in names:
-        yield os.path.relpath(name, root) + b'\0'
-        yield _glimpse(name)
+    files = [f for f in images.files if not hasattr(f, 'mark')]
+    names = [os.fsencode(os.path.abspath(f)) for f in files]
+    root = os.path.commonpath({os.path.dirname(name) for name in names}) if names else b''
+    for f in images.files:
+        name = f.name.encode() if hasattr(f, 'mark') else os.path.relpath(os.fsencode(os.path.abspath(f)), root)
+        yield name + b'\0'
+        yield _glimpse(f)
 
 def encoder_facts(encoder, size, crop, transform)->dict:
     "What features depend on beside the files: weights and structure, and how images are prepared."
