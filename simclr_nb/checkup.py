@@ -26,7 +26,7 @@ def sample_blocks(
     places = keyed_rng(seed, view=2**32 + 6).permutation(n//block)[:most//block]
     return sorted(int(p)*block + k for p in places for k in range(block))
 
-# %% ../nbs/14q_checkup.ipynb #679bbe40
+# %% ../nbs/14q_checkup.ipynb #99582ab0
 def check_images(
     images:ImageSet,
     most:int=256, # to look at
@@ -38,8 +38,8 @@ def check_images(
     bad, said = thumbs.isnan().any(1), {}
     if bad.any():
         names = listing(shown(some.files[i]) for i in bad.nonzero().flatten().tolist())
-        said['unreadable'] = (f'{int(bad.sum())} of {len(some)} files looked at cannot be read: {names}. Training goes on '
-            'without such files; replace them, or move them away')
+        said['unreadable'] = (f'{int(bad.sum())} of {len(some)} files looked at cannot be read: {names}. Training '
+            'goes on without such files; replace them, or move them away')
     pairs = twins(thumbs)
     copies = {i for pair in pairs for i in pair}
     if len(copies) > alike*len(some):

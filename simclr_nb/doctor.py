@@ -18,8 +18,8 @@ from .ntxent import contrastive_metrics
 from .measures import variances
 from .waiting import Late
 
-# %% ../nbs/08f_doctor.ipynb #6e3f5bd1
-few_images, few_steps, small_batch = 500, 150, 64
+# %% ../nbs/08f_doctor.ipynb #021ad26b
+few_images, few_steps, small_batch = 1000, 150, 64
 
 def plan_advice(
     images:int, # in the training set
@@ -36,8 +36,8 @@ def plan_advice(
     if steps < few_steps:
         enough = math.ceil(few_steps*batch_size/images)
         said['few steps'] = (f'this run has {steps} steps ({epochs} epochs of {images:,} images, {batch_size} a step), '
-            f'and fewer than {few_steps} have hardly changed an encoder of ours: take {enough} epochs at least '
-            '(--epochs); the paper takes 100 to 1,000')
+            f'and fewer than {few_steps} hardly change an encoder: take {enough} epochs at least (--epochs); '
+            'the paper takes 100 to 1,000')
     return said
 
 # %% ../nbs/08f_doctor.ipynb #5b48106f
@@ -70,7 +70,7 @@ def z_directions(
     v = variances(F.normalize(z[:rows].detach().float(), dim=1))
     return float(torch.special.entr(v/v.sum()).sum().exp()) if v.sum() > 0 else 0.
 
-# %% ../nbs/08f_doctor.ipynb #5d76b135
+# %% ../nbs/08f_doctor.ipynb #7f697d15
 def first_step_advice(
     loss:float, spread:float, accuracy:float, # of the first batch; contrastive accuracy in [0, 1]
     batch_size:int, # images, over all processes
@@ -85,15 +85,16 @@ def first_step_advice(
                 'Look at learn.show_batch() (figures/pairs.png of a run)'}
     said, guess = {}, math.log(2*batch_size - 1)
     if untrained and accuracy >= .95:
-        said['solved'] = (f'with random weights {accuracy:.0%} of the views already find their partner, so there is '
-            'little to learn: the two views of an image share too much. Strengthen the augmentation, and look in '
-            'learn.show_batch() (figures/pairs.png of a run) for a border or a stamp that both show')
-    if temperature is not None and loss > 2*guess:
-        said['loss high'] = (f'the first loss is {loss:.1f}, and a guess has ln(2N - 1) = {guess:.1f}: at a temperature '
-            f'of {temperature:g} only the most similar negatives count; take 0.1 to 0.5 (temperature, --temperature)')
+        said['solved'] = (f'with random weights {accuracy:.0%} of the views already find their partner, so there '
+            'is little to learn: the two views of an image share too much. Strengthen the augmentation, and look '
+            'in learn.show_batch() (figures/pairs.png of a run) for a border or a stamp that both show')
+    if temperature is not None and loss > 3*guess:
+        said['loss high'] = (f'the first loss is {loss:.1f}, and a guess has ln(2N - 1) = {guess:.1f}: at a '
+            f'temperature of {temperature:g} only the most similar negatives count; take 0.1 to 0.5 '
+            '(temperature, --temperature)')
     return said
 
-# %% ../nbs/08f_doctor.ipynb #f92e8581
+# %% ../nbs/08f_doctor.ipynb #4a394fe3
 def epochs_advice(
     entries:list, # of (steps done, mean loss, mean contrastive accuracy, directions of z), one for 20 steps or more
     batch_size:int, # images, over all processes
@@ -104,21 +105,21 @@ def epochs_advice(
     steps, loss, accuracy, directions = entries[-1]
     said, lowest = {}, min(entry[1] for entry in entries)
     if directions < 2:
-        said['collapse'] = (f'after {steps} steps z varies in {directions:.1f} directions, and in more than 5 in healthy '
-            'runs: it is collapsing to one answer for all images. Does the loss have negatives? If so, take a lower '
-            'learning rate (lr, --lr)')
+        said['collapse'] = (f'after {steps} steps z varies in {directions:.1f} directions, and in more than 5 in '
+            'healthy runs: it is collapsing to one answer for all images. Does the loss have negatives? If so, take '
+            'a lower learning rate (lr, --lr)')
     margin = max(.1*lowest, .05*math.log(2*batch_size - 1))
     if len(entries) > 2 and min(entries[-2][1], loss) > lowest + margin:
-        said['loss rises'] = (f'the loss has risen from {lowest:.3g} to {loss:.3g} at step {steps}, and it should fall: '
-            'take a lower learning rate (lr, --lr) or a longer warm-up (warmup_epochs, --warmup-epochs)')
+        said['loss rises'] = (f'the loss has risen from {lowest:.3g} to {loss:.3g} at step {steps}, and it should '
+            'fall: take a lower learning rate (lr, --lr) or a longer warm-up (warmup_epochs, --warmup-epochs)')
     began, recent = entries[0][2], sum(entry[2] for entry in entries[-2:])/2
     if len(entries) > 4 and steps >= warmup + settled and recent < min(.25, 1.2*began + .005):
-        said['does not move'] = (f'contrastive accuracy was {began:.1%} at first and is {accuracy:.1%} after {steps} steps; '
-            'by now it should have risen. Does the loss hardly fall either? Then take a higher learning rate '
-            '(lr, --lr); if it falls, look whether the loss has negatives')
+        said['does not move'] = (f'contrastive accuracy was {began:.1%} at first and is {accuracy:.1%} after '
+            f'{steps} steps; by now it should have risen. Does the loss hardly fall either? Then take a higher '
+            'learning rate (lr, --lr); if it falls, look whether the loss has negatives')
     return said
 
-# %% ../nbs/08f_doctor.ipynb #a4097932
+# %% ../nbs/08f_doctor.ipynb #f7cd9cef
 class Doctor(Callback):
     "Warns where a run looks wrong, once for each symptom: `said`, symptom to sentence."
     order = 72       # after the metrics, before the checkpoints
@@ -135,25 +136,26 @@ class Doctor(Callback):
         self.said, self.entries, self.first = {}, [], Late()
         self.plan = plan_advice(len(self.dls.train.dataset), self.batch_size, self.n_epoch)
         self.begin_entry()
-    def begin_entry(self): self.steps, self.losses, self.accuracies, self.measured = 0, 0., 0., 0
+    def begin_entry(self): self.n_steps, self.loss_sum, self.accuracy_sum, self.n_measured = 0, 0., 0., 0
     def say(self, advice):
         for symptom, sentence in advice.items():
             if symptom in self.said or get_rank(): continue
             self.said[symptom] = sentence
             warnings.warn(sentence, stacklevel=2)
     def state_dict(self):
-        sums = dict(losses=float(self.losses), accuracies=float(self.accuracies))
-        return sums | dict(said=self.said, entries=self.entries, steps=self.steps, measured=self.measured)
+        sums = dict(loss_sum=float(self.loss_sum), accuracy_sum=float(self.accuracy_sum))
+        return sums | dict(said=self.said, entries=self.entries, n_steps=self.n_steps,
+                           n_measured=self.n_measured)
     def load_state_dict(self, state): vars(self).update(state)
 
-# %% ../nbs/08f_doctor.ipynb #f55a71e5
+# %% ../nbs/08f_doctor.ipynb #a1b101dd
 @patch
 def before_train(self:Doctor):
     if self.step == 0: self.say(self.plan)              # a run that is taken up again has been told
 
 @patch
 def after_batch(self:Doctor):
-    self.steps, self.losses = self.steps + 1, self.losses + self.loss.detach()
+    self.n_steps, self.loss_sum = self.n_steps + 1, self.loss_sum + self.loss.detach()
     if self.step > 1: self.look_at_first()
     elif self.start == 0: self.first.put(self.first_numbers())
     self.data_wait.end_of_step()
@@ -176,19 +178,19 @@ def look_at_waiting(self:Doctor):
     wait = self.data_wait
     if wait.total < self.patience or wait.share <= self.most_waiting: return
     workers = getattr(self.dls.train, 'num_workers', 0)
-    self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than {self.most_waiting:.0%} is '
-        f'too much: decode in more processes (num_workers, --num-workers; now {workers}), or keep decoded images in '
-        'memory (cache, --cache)'})
+    self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
+        f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; now {workers}), '
+        'or keep decoded images in memory (cache, --cache)'})
 
-# %% ../nbs/08f_doctor.ipynb #99c688a0
+# %% ../nbs/08f_doctor.ipynb #171bebaa
 @patch
 def after_epoch(self:Doctor):
     self.look_at_first()
     metrics, frozen = self.contrastive_metrics, getattr(self.learn, 'freeze_encoder', None)
-    self.accuracies, self.measured = self.accuracies + metrics.sums[0], self.measured + metrics.count
+    self.accuracy_sum, self.n_measured = self.accuracy_sum + metrics.sums[0], self.n_measured + metrics.count
     if frozen and self.epochs_completed() <= frozen.epochs: return self.begin_entry()
-    if self.steps < 20 or not self.measured: return
-    loss, accuracy = float(self.losses/self.steps), float(self.accuracies/self.measured)
+    if self.n_steps < 20 or not self.n_measured: return
+    loss, accuracy = float(self.loss_sum/self.n_steps), float(self.accuracy_sum/self.n_measured)
     z = metrics.z
     wide = min(z.shape) >= 16                           # else few directions are no symptom
     self.entries.append((self.step, loss, accuracy, z_directions(z) if wide else math.inf))

@@ -65,7 +65,7 @@ def alpha_req(
     x, y = x - (w*x).sum()/w.sum(), y - (w*y).sum()/w.sum()
     return float(-(w*x*y).sum()/(w*x*x).sum())
 
-# %% ../nbs/08e_measures.ipynb #e7da953a
+# %% ../nbs/08e_measures.ipynb #a0705129
 def lidar(
     h, # (n, q, d) features of q views of each of n images
     delta:float=1e-4, # of the paper, added to the variances within an image
@@ -74,7 +74,8 @@ def lidar(
     "LiDAR: the rank of linear discriminant analysis whose classes are the images."
     h = torch.as_tensor(h)
     if h.ndim != 3 or min(h.shape[:2]) < 2:
-        raise ValueError(f'LiDAR takes features (images, views, d) of 2 images and 2 views or more, got {tuple(h.shape)}')
+        raise ValueError('LiDAR takes features (images, views, d) of 2 images and 2 views or more, '
+                         f'got {tuple(h.shape)}')
     h = _rows(h.flatten(0, 1)).view(h.shape)
     means = h.mean(1, keepdim=True)
     centered, views = (means - means.mean(0))[:, 0], (h - means).flatten(0, 1)

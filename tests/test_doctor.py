@@ -184,20 +184,20 @@ def test_waiting_for_data(images):
     assert silence == [] and healthy.data_wait.total > 2 and healthy.data_wait.share < .3 < .6 < sick.data_wait.share
 
 @pytest.fixture(scope='module')
-def many(tmp_path_factory): return textures(tmp_path_factory.mktemp('many'), 512)
+def many(tmp_path_factory): return textures(tmp_path_factory.mktemp('many'), 1024)
 
 @pytest.mark.parametrize('batch_size, epochs, symptoms', [
     (64, 2, ['few steps']), (32, 1, ['small batch', 'few steps'])])
 def test_plans(many, batch_size, epochs, symptoms):
     learn, said = run(many, epochs, batch_size)
     assert list(learn.doctor.said) == symptoms and len(said) == len(symptoms)
-    if batch_size == 64: assert 'this run has 16 steps (2 epochs of 512 images, 64 a step)' in said[0]
-    if batch_size == 64: assert 'take 19 epochs at least' in said[0]
+    if batch_size == 64: assert 'this run has 32 steps (2 epochs of 1,024 images, 64 a step)' in said[0]
+    if batch_size == 64: assert 'take 10 epochs at least' in said[0]
 
 def test_plans_that_will_do():
     "Demo, diagnosis, kept run, the paper's; trials of a few images."
     for images, batch_size, epochs in ((1_968, 256, 24), (5_000, 128, 6), (50_000, 256, 60), (1_281_167, 4096, 100),
-                                       (512, 64, 19), (24, 8, 1), (499, 32, 1)):
+                                       (1_024, 64, 10), (24, 8, 1), (999, 32, 1)):
         assert plan_advice(images, batch_size, epochs) == {}
 
 def test_a_loss_that_is_not_finite_is_an_error(images):
@@ -225,11 +225,11 @@ class Stop(Callback):
 
 def test_a_run_that_goes_on_is_told_once(tmp_path, many):
     def watched(*more): return [Checkpoints(tmp_path/'c'), *more]
-    with pytest.raises(SystemExit), pytest.warns(UserWarning, match='this run has 48 steps'):
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match='this run has 96 steps'):
         with warnings.catch_warnings(): run(many, 6, 64, cbs=watched(Stop(4)))
     learn, said = run_on(many, watched())
     assert said == [] and list(learn.doctor.said) == ['few steps']
-    assert [entry[0] for entry in learn.doctor.entries] == [24, 48]
+    assert [entry[0] for entry in learn.doctor.entries] == [32, 64, 96]
 
 def run_on(images, cbs):
     learn = simclr_learner(images, Flat(), augment=augmentations_for('cifar10', 16), optimizer='adam', num_workers=0,
