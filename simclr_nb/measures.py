@@ -10,7 +10,6 @@ import math
 
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import no_random
 from torch import Tensor
 from .core import eval_mode, get_rank, unwrap
 from .augmentations import keyed_rng
@@ -155,5 +154,4 @@ class OnlineMeasures(Callback):
     def look(self, done):
         "In the first process."
         dataset, encoder = self.dls.train.dataset, unwrap(self.model).encoder
-        with no_random(): h = view_features(encoder, dataset, self.images, self.views)
-        self.values[done] = label_free(h)
+        self.values[done] = label_free(view_features(encoder, dataset, self.images, self.views))

@@ -258,6 +258,8 @@ def test_measures_are_written_and_untouched_by_training(images, tmp_path):
         assert column == pytest.approx([watch.values[epoch][name] for epoch in (2, 3)], rel=1e-5, nan_ok=True)
     h = view_features(learn.encoder, learn.dls.train.dataset, 40, 4)
     assert h.shape == (40, 4, 32) and lidar(h) == watch.values[3]['lidar']
+    learn.encoder.train()                                      # batch norm neither looks nor is touched
+    assert torch.equal(view_features(learn.encoder, learn.dls.train.dataset, 40, 4), h) and learn.encoder.training
 
 def test_views_are_grouped_by_image(tmp_path):
     "An encoder that reads the mean color, on pictures of one color each, without a change of color."
