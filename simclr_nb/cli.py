@@ -79,6 +79,8 @@ class Output:
     out: AnyText = how(None) # folder of the run; None: runs/ and the name of the source
     save_every: Count = how(1000) # steps between checkpoints; one is written after each epoch too
     knn_every: Natural = how(10) # epochs between evaluations by nearest neighbors, where there are labels; 0: none
+    measure_every: Natural = how(10) # epochs between RankMe, alpha-ReQ and LiDAR, which need no labels; 0: none
+    no_doctor: Flag = how(False) # no look at the images, and no warnings where the run looks wrong
     log: Annotated[Literal['tensorboard', 'wandb'] | None, optional()] = how(None) # send the history there too
     dry_run: Flag = how(False) # say what would be done, and stop
     overwrite: Flag = how(False) # begin anew; the run in the folder is deleted when the new one has a checkpoint

@@ -35,6 +35,7 @@ from .distributed import gather_rows, launched_processes, process_group
 from .memory import checkpoint_activations
 from .waiting import LateLosses, MeanMetric, SmoothLoss
 from .callbacks import ContrastiveMetrics, Precision, SanityChecks
+from .doctor import doctor_cbs
 from .loaders import (DistributedTraining, crops_to_views, fast_apply, first_views, make_dls, recipe_for,
     show_views, train_dls, unit_range)
 
@@ -201,8 +202,8 @@ def simclr_learner(
         kwargs |= dict(opt_func=optimizers[optimizer], splitter=splitter)
     dls = make_dls(images, augment, seed, num_workers, cache)
     metrics = ContrastiveMetrics(temperature)
-    learn = _learner(dls, model, loss, metrics.metrics(),
-        [ViewsCallback(augment, seed, memory_format), metrics], kwargs.pop('metrics', None), **kwargs)
+    learn = _learner(dls, model, loss, metrics.metrics(), [ViewsCallback(augment, seed, memory_format), metrics,
+        *doctor_cbs(arch, weights)], kwargs.pop('metrics', None), **kwargs)
     learn.optimizer = optimizer
     if not isinstance(data, DataLoaders): learn.default_batch_size = learn.batch_size
     return learn

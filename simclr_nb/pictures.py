@@ -259,8 +259,8 @@ def plot_spectrum(
 # %% ../nbs/09a_pictures.ipynb #e05f6c3d
 _panels = dict(loss='NT-Xent, nats', contrastive_accuracy='contrastive accuracy',
     contrastive_entropy='contrastive entropy, nats', knn='nearest neighbors, %', probe='online probe, %',
-    alignment='alignment', uniformity='uniformity', lr='learning rate', grad_norm='norm of the gradient',
-    images_per_second='images per second')
+    rankme='RankMe', alpha_req='α-ReQ', lidar='LiDAR', alignment='alignment', uniformity='uniformity',
+    lr='learning rate', grad_norm='norm of the gradient', images_per_second='images per second')
 
 def _measured(history, column): return column in history and bool(np.isfinite(history[column]).any())
 

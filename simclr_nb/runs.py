@@ -26,11 +26,14 @@ from .data import augmentations_for, check_batch, load_images, presets
 from .distributed import all_gather_objects, any_rank, launched_processes, process_group
 from .memory import bytes_per_step, checkpoint_activations, memory_per_device
 from .callbacks import FreezeEncoder, History, OnlineEval, read_history
-from .resume import Checkpoints
+from .resume import Checkpoints, saved_states
 from .learner import schedule_plan, simclr_learner
+from .measures import OnlineMeasures
+from .doctor import Doctor
 from .features import knn_evaluator
 from .official import load_official
 from .pictures import markdown_table, plot_history, save_figure
+from .checkup import look_at_images
 from .folder import finish, held_folder, read_json, run_folder, settle
 
 # %% ../nbs/14c_runs.ipynb #a2f274c8
@@ -144,6 +147,7 @@ def make_learner(
     if s.compile:
         learn.encoder.compile(mode=s.compile_mode)
         learn.views.compiled = True
+    if s.no_doctor: learn.remove_cb(Doctor)
     return learn
 
 # %% ../nbs/14c_runs.ipynb #5b687241
@@ -211,8 +215,9 @@ def make_callbacks(s, out:Path, learn, images, config:dict, defining:dict)->list
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
     checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
+    measures = [OnlineMeasures(s.measure_every)] if s.measure_every else []
     return [checkpoints, Replacement(out), History(out/'history.csv'), FreezeEncoder(s.freeze_epochs),
-            *make_online_eval(s, images), *make_logger(s, out, learn, config)]
+            *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../nbs/14c_runs.ipynb #28405be5
 class EpochLines(Callback):
@@ -227,10 +232,10 @@ class EpochLines(Callback):
         facts += [*self.online(done), f'{timedelta(seconds=round(left))} left']
         print(f'epoch {done}/{self.total}: {", ".join(facts)}', flush=True)
     def online(self, done):
-        "The score of the online evaluation, in the epochs that have one."
-        online = getattr(self.learn, 'online_eval', None)
-        if online is None or done not in online.accuracies: return []
-        return [f'knn {online.accuracies[done]:.1f}']
+        "What was evaluated, in the epochs in which something was."
+        online, measures = (getattr(self.learn, name, None) for name in ('online_eval', 'online_measures'))
+        found = [f'knn {online.accuracies[done]:.1f}'] if online and done in online.accuracies else []
+        return found + [f'{name} {v:.3g}' for name, v in (measures.values.get(done, {}) if measures else {}).items()]
 
 def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
@@ -306,6 +311,7 @@ def pretrain_run(
         with begun(out, config, [*defining, 'images'], s.overwrite) as go:
             if not go: return log(f'{out} is complete: there is nothing to do')
             keep_start(s, out, learn)
+            if not (s.no_doctor or get_rank() or saved_states(out/'checkpoints')): look_at_images(images)
             with learn.distrib_ctx(), stopping(s, learn, log):
                 report = train(s, out, learn, make_callbacks(s, out, learn, images, config, defining))
             if not report: return
