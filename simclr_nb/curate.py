@@ -155,7 +155,8 @@ def out_of_fold(
         warnings.simplefilter('ignore')                           # a penalty at the end of the grid is good enough
         chosen = logistic_regression(h, y, seed, np.logspace(-4, 2, 13), splits=2)
     mean, std = feature_scale(h, chosen.each_alone)
-    x, fold, p = (h - mean)/std, torch.from_numpy(fold_of_each(y, folds, seed)), h.new_zeros(len(h), int(y.max()) + 1)
+    x, p = (h - mean)/std, h.new_zeros(len(h), int(y.max()) + 1)
+    fold = torch.from_numpy(fold_of_each(y, folds, seed))
     for i in fold.unique():
         path = logistic_path(x[fold != i], y[fold != i], [chosen.l2], tol=1e-6)
         p[fold == i] = (x[fold == i] @ path.weights[0] + path.bias[0]).softmax(1)
@@ -230,8 +231,8 @@ def check_vectors(v:Vectors):
     if len(v.h) < 3: raise TooFewImages(f'curating takes 3 readable images or more, got {len(v.h)}: '
                                         'neighbors mean nothing among so few')
     bad = (~v.h.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad: raise NotFinite(f'the vectors of {len(bad)} of {len(v.h)} images are not finite (NaN or infinite), the first is '
-                            f'that of {v.paths[bad[0]]}: run simclr embed again, or look at the encoder')
+    if bad: raise NotFinite(f'the vectors of {len(bad)} of {len(v.h)} images are not finite (NaN or infinite), '
+                            f'the first is that of {v.paths[bad[0]]}: run simclr embed again, or look at the encoder')
 
 def labeled_rows(
     labels, # (n,) classes, or None
@@ -271,7 +272,8 @@ def curate_images(
 def _suspects(labels, h, kept, seed):
     names, y = np.unique(np.asarray(labels)[kept], return_inverse=True)
     found = label_errors(y, out_of_fold(h[kept], y, seed=seed))
-    return [s._replace(image=kept[s.image], given=int(names[s.given]), suggested=int(names[s.suggested])) for s in found]
+    return [s._replace(image=kept[s.image], given=int(names[s.given]), suggested=int(names[s.suggested]))
+            for s in found]
 
 # %% ../nbs/14o_curate.ipynb #7101e510
 def _path(c, i): return shown(c.images.files[i].resolve())
@@ -321,7 +323,8 @@ def _copies_part(c, most=50):
     def words(p): return p.reason if p.reason == 'same bytes' else f'{p.reason} {p.pixels:.3f}'
     for p in c.copies: reasons.setdefault(p.second, words(p))
     for p in c.copies: reasons.setdefault(p.first, words(p))
-    head = f'Copies: {plural(len(groups), "group")}\nPictures side by side are one picture. The number is the correlation of their pixels.'
+    head = f'Copies: {plural(len(groups), "group")}\nPictures side by side are one picture. ' \
+           'The number is the correlation of their pixels.'
     shown_of = f' The first {most} groups.' if len(groups) > most else ''
     rows = [[(c.images.files[g[0]], ''), *[(c.images.files[i], reasons[i]) for i in g[1:12]]] for g in groups[:most]]
     return [head + shown_of, rows] if rows else [head]
@@ -334,7 +337,8 @@ def _odd_part(c, most):
 
 def _labels_part(c, most=96):
     if c.suspects is None: return []
-    head = f'Labels to check: {len(c.suspects):,}\nThe label an image has, and the one a classifier without it would give.'
+    head = f'Labels to check: {len(c.suspects):,}\n' \
+           'The label an image has, and the one a classifier without it would give.'
     shown_of = f' The first {most}.' if len(c.suspects) > most else ''
     rows = [(c.images.files[s.image], f'{_class(c, s.given)} → {_class(c, s.suggested)}?') for s in c.suspects[:most]]
     return [head + shown_of, rows] if rows else [head]

@@ -121,7 +121,8 @@ class Curate:
 def curate_folder(s:Curate)->Path:
     "Where the lists go; an error where something is in the way."
     run = Path(s.encoder_data[0])
-    if s.out is None and not run.is_dir(): raise ValueError(f'{run} is no folder of a run: say with --out where the lists go')
+    if s.out is None and not run.is_dir():
+        raise ValueError(f'{run} is no folder of a run: say with --out where the lists go')
     out = Path(s.out or run/'curate')
     for part in (out, *out.parents):
         if part.is_file(): raise NotADirectoryError(f'{part} is a file, and --out takes a folder: choose another one')

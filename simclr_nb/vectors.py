@@ -98,7 +98,8 @@ def encoder_of(
     "The encoder that has made some vectors; a `ValueError` where it is another one."
     c = candidate(find_encoder(encoder), about['layer'], about['crop'])
     if about_encoder(c, about['layer']) == about: return c
-    raise ValueError('the vectors are of another encoder, or of an earlier state of this one: run simclr embed again')
+    raise ValueError('the vectors are of another encoder, or of an earlier state of this one: '
+                     'run simclr embed again')
 
 def embed_images(
     encoder:str|Path, # folder of a run, encoder file, or timm name
@@ -193,7 +194,9 @@ def _heading(text):
 
 def gallery_page(
     path:str|Path, # the file; its folder is made
-    rows:list, # of lists of (picture's path, caption); a list of rows stands side by side; a text is a heading, and a sentence below
+    # of lists of (picture's path, caption); a list of such rows is shown side by side; a text is a heading, its
+    # second line a sentence below
+    rows:list,
     title:str,
     side:int=112, # of the pictures, pixels
     asked:bool=True, # mark the first picture of each row, which the others answer
