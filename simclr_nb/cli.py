@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 from .options import (AnyCount, AnyFloat, AnyNatural, AnyText, Count, Flag, Natural, Seed, Workers,
     check_settings, checked, grouped_fields, how, optional, read_command_line, read_recipe, several)
-from .using import Embed, Search, Select, embed, search, select
+from .using import Curate, Embed, Search, Select, curate, embed, search, select
 from .terminal import lasting_output, one_line_errors, one_line_warnings
 
 # %% ../nbs/14_cli.ipynb #2c15b3df
@@ -323,9 +323,9 @@ def run_study(s:RunStudy):
 
 # %% ../nbs/14_cli.ipynb #a0ee4dfd
 commands = dict(pretrain=Pretrain, plot=Plot, evaluate=Evaluate, transfer=Transfer, convert=Convert, study=RunStudy,
-                embed=Embed, search=Search, select=Select)
+                embed=Embed, search=Search, select=Select, curate=Curate)
 functions = dict(pretrain=pretrain, plot=plot, evaluate=evaluate, transfer=transfer, convert=convert, study=run_study,
-                 embed=embed, search=search, select=select)
+                 embed=embed, search=search, select=select, curate=curate)
 
 def recipe_of(args:list)->dict:
     "The settings of the recipe that a command line names; none if it names none."

@@ -7,6 +7,7 @@ __all__ = ['twins', 'find_near_duplicates']
 
 # %% ../nbs/09c_duplicates.ipynb #232cc19f
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image
@@ -15,13 +16,15 @@ from .data import BadImage, ImageSet, open_image
 from .features import nearest
 
 # %% ../nbs/09c_duplicates.ipynb #5bbaf94b
-def _thumbnail(file): # (768,) float32, NaN where the file cannot be read
-    try: return np.asarray(open_image(file).resize((16, 16), Image.BOX), np.float32).ravel()
+def _thumbnail(images, i): # (768,) float32, NaN where the file cannot be read
+    try: return np.asarray(images[i].resize((16, 16), Image.BOX), np.float32).ravel()
     except BadImage: return np.full(768, np.nan, np.float32)
 
-def thumbnails(images): # (n, 768) float32
-    "What pictures are compared by; NaN where a file cannot be read."
-    return torch.from_numpy(np.stack([_thumbnail(f) for f in images.files]))
+def thumbnails(
+    images:ImageSet,
+)->torch.Tensor: # (n, 768) float32: 16 × 16 × RGB, 0 to 255; NaN where a file cannot be read
+    "What of each image survives another format, size or name."
+    return torch.from_numpy(np.stack([_thumbnail(images, i) for i in range(len(images))]))
 
 def _same_pictures(a, b, correlation, distance): # thumbnails (n, 768) and (m, 768)
     "Pairs of indices into a and b."
@@ -32,16 +35,19 @@ def _same_pictures(a, b, correlation, distance): # thumbnails (n, 768) and (m, 7
     return {(int(i), int(j)) for i, j in zip(idxs[at, place], at)}
 
 # %% ../nbs/09c_duplicates.ipynb #2e29c1a1
-def _content(file): # 32 digits, None where the file cannot be read
+def file_digest(
+    file:Path,
+)->str|None: # 32 digits; None where the file cannot be read
+    "A fingerprint of the bytes of a file."
     try: return digest([file.read_bytes()])
     except OSError: return None
 
 def _same_bytes(train, test):
     "Pairs of indices of files that are equal byte by byte."
     known = defaultdict(list)
-    for i, f in enumerate(train.files): known[_content(f)].append(i)
+    for i, f in enumerate(train.files): known[file_digest(f)].append(i)
     known.pop(None, None)
-    return {(i, j) for j, f in enumerate(test.files) for i in known.get(_content(f), ())}
+    return {(i, j) for j, f in enumerate(test.files) for i in known.get(file_digest(f), ())}
 
 # %% ../nbs/09c_duplicates.ipynb #dec9737e
 def twins(

@@ -36,7 +36,8 @@ def run_folder(
 
 # %% ../nbs/14h_folder.ipynb #ae4b0abb
 run_files = ['checkpoints/step-*.pt', 'history.csv', 'start.safetensors', 'encoder.safetensors', 'head.safetensors',
-    'vectors.safetensors', 'search.html', 'report.json', 'report.md', 'transfer.json', 'transfer.md', 'transfer/*.npz',
+    'vectors.safetensors', 'search.html', 'curate/duplicates.csv', 'curate/outliers.csv', 'curate/labels.csv',
+    'curate/curate.html', 'report.json', 'report.md', 'transfer.json', 'transfer.md', 'transfer/*.npz',
     'tensorboard/events.*', 'wandb/run-*', 'wandb/offline-run-*', 'wandb/debug*.log', 'wandb/latest-run']
 evaluation_figures = [f'{name}.png' for name in ('scores', 'confusion', 'labels_*', 'neighbors', 'spectrum', 'map',
     'alignment_uniformity')] + ['map.html']
@@ -78,7 +79,7 @@ def _delete(files):
         else: f.unlink(missing_ok=True)
 
 def _drop_empty(out):
-    for name in ('checkpoints', 'figures', 'tensorboard', 'transfer', 'wandb'):
+    for name in ('checkpoints', 'curate', 'figures', 'tensorboard', 'transfer', 'wandb'):
         folder = out/name
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()): folder.rmdir()
 
