@@ -32,6 +32,10 @@ class Data:
     recipe: AnyText = how(None)
     size: Annotated[AnyCount, 'at most 8,192'] = None # side of the views, pixels; None: the preset's, 224 for a folder
     augment: Annotated[Preset | None, optional()] = None # augmentations of this preset; None: what suits the source
+    # read images as they are, with so many channels and all their bits (TIFF, DICOM, PNG, .npy); None: 8-bit RGB
+    channels: Annotated[AnyCount, 'at most 1,000'] = None
+    # values that become 0 and 1, as in 0,4095; none given: the 0.1 and 99.9 percentiles of each channel
+    value_range: several(float) = ()
     # the second view comes from another image of the same group: a column of the table, or 'folder'
     positives: AnyText = None
     images: AnyCount = how(None) # number of images, for --dry-run without them; None: counted
@@ -107,6 +111,8 @@ def check_pretrain(s:Pretrain):
     if s.weights and s.stem: raise ValueError('--stem is for random weights: those of --weights bring their network')
     if s.freeze_epochs and not s.weights:
         raise ValueError('--freeze-epochs spares the weights of --weights: give these')
+    if len(s.value_range) not in (0, 2): raise ValueError('--value-range takes two numbers, as in 0,4095')
+    if s.value_range and not s.channels: raise ValueError('--value-range is for images that --channels reads')
 
 # %% ../nbs/14_cli.ipynb #4ad4a533
 def pretrain(s:Pretrain):
@@ -196,6 +202,7 @@ def evaluate(s:Evaluate):
     check_settings(s)
     if len(s.encoders_data) < 2: raise ValueError('give an encoder or several runs, and last the labeled images')
     from simclr_nb.data import train_test_splits
+    from simclr_nb.depth import read_as
     from simclr_nb.linear import check_labels
     from simclr_nb.protocols import run_protocols
     from simclr_nb.candidates import check_repetitions, evaluation_folder, find_encoder
@@ -205,7 +212,7 @@ def evaluate(s:Evaluate):
     check_repetitions(found)
     out = evaluation_folder(s.out, found, s.data)
     read_json(out/'report.json')                               # if it is damaged, this is an error now
-    train, test = train_test_splits(s.data)
+    train, test = (read_as(images, found[0].encoder) for images in train_test_splits(s.data))
     check_labels(train, test)
     suite = make_suite(found, train, test, s)
     rows, skipped = run_protocols(suite, s.protocol, s.label_fractions, s.seeds)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
 from .core import TooFewImages, atomic_write, plural, shown
-from .data import BadImage, ImageSet, open_image
+from .data import BadImage, ImageSet
 from .features import NotFinite, check_classes, check_features, printable
 from .index import neighbors_of_each
 from .duplicates import file_digest, thumbnails
@@ -191,12 +191,12 @@ def label_errors(
 def _misfit(v, images, file):
     "Why vectors are not those of some images; None where they are."
     place, since = set(v.paths), Path(file).stat().st_mtime
-    for f in images.files:
+    for i, f in enumerate(images.files):
         if shown(f.resolve()) not in place:
-            try: open_image(f)
+            try: images[i]
             except BadImage: continue
             return f'{shown(f.name)} is not among them'
-        if f.exists() and f.stat().st_mtime > since: return f'{shown(f.name)} has changed since'
+        if not hasattr(f, 'mark') and f.exists() and f.stat().st_mtime > since: return f'{shown(f.name)} has changed since'
 
 def _read_fitting(encoder, images, file):
     v = read_vectors(file)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from .core import digest
-from .data import BadImage, ImageSet, open_image
+from .data import BadImage, ImageSet
 from .features import nearest
 
 # %% ../nbs/09c_duplicates.ipynb #5bbaf94b
@@ -40,7 +40,7 @@ def file_digest(
 )->str|None: # 32 digits; None where the file cannot be read
     "A fingerprint of the bytes of a file."
     try: return digest([file.read_bytes()])
-    except OSError: return None
+    except (OSError, BadImage): return None
 
 def _same_bytes(train, test):
     "Pairs of indices of files that are equal byte by byte."

@@ -21,6 +21,7 @@ from .core import get_rank, get_world_size
 from .augmentations import Augmentation, make_views
 from .operations import apply_compiled, apply_cpu
 from .data import ImageSet, StepSampler, TwoCropDataset, augmentations_for, presets, train_loader
+from .depth import as_rgb, augmentation_for_channels
 from .distributed import global_batch_norm
 
 # %% ../nbs/08c_loaders.ipynb #9d63c60c
@@ -62,7 +63,7 @@ def show_views(
     fig, axs = plt.subplots(2, n, figsize=(n, 2.1), squeeze=False)
     for row, half in zip(axs, views.cpu().chunk(2)):
         for ax, view in zip(row, half):
-            ax.imshow(view.permute(1, 2, 0).numpy())
+            ax.imshow(as_rgb(view))
             ax.axis('off')
     fig.subplots_adjust(0, 0, 1, 1, wspace=.04, hspace=.04)
     return fig
@@ -107,6 +108,8 @@ def make_dls(data, augment, seed, num_workers, cache=0):
 def recipe_for(data, augment, size):
     "The augmentation that is given, or brought by the loaders, or suits the source; and its size, in agreement."
     if isinstance(data, CropLoaders): augment = augment or data.train.dataset.augment
+    depth = getattr(data, 'depth', None)
+    if depth: augment = augmentation_for_channels(augment or augmentations_for(None, size or 224), depth.channels)
     if augment:
         if size not in (None, augment.size):
             raise ValueError(f'size is {size}, but the augmentation makes views of {augment.size} pixels')

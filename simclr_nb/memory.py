@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .core import checkpointed, unwrap
 from .distributed import global_batch_norm
+from .channels import channels_of
 
 # %% ../nbs/07a_memory.ipynb #ee393db6
 class AllocationTracker(TorchDispatchMode):
@@ -105,7 +106,7 @@ def _step_on_paper(model, n, size, dtype):
     "Bytes kept after the forward pass over n images (both views), and the most until the backward pass ends."
     model.zero_grad()
     with AllocationTracker() as tracker:
-        out = model(torch.empty(2*n, 3, size, size, dtype=dtype, device='meta'))
+        out = model(torch.empty(2*n, channels_of(model), size, size, dtype=dtype, device='meta'))
         kept = tracker.now
         z = out[1] if isinstance(out, tuple) else out        # the loss takes z; h gets its gradient through the head
         z.backward(torch.empty_like(z))

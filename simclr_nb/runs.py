@@ -24,6 +24,7 @@ from .weights import pretrained
 from .projection import SimCLR, projection_head, save_head
 from .data import augmentations_for, check_batch, load_images, presets
 from .distributed import all_gather_objects, any_rank, launched_processes, process_group
+from .channels import adapt_channels
 from .memory import bytes_per_step, checkpoint_activations, memory_per_device
 from .callbacks import FreezeEncoder, History, OnlineEval, read_history
 from .resume import Checkpoints, saved_states
@@ -45,6 +46,7 @@ def view_size(s)->int:
 def run_images(s):
     "The images to train on."
     images = load_images(s.source)
+    if s.channels: images = images.with_channels(s.channels, *s.value_range)
     return images.with_positives(s.positives) if s.positives else images
 
 def launched()->int:
@@ -91,6 +93,7 @@ def build_model(s)->SimCLR:
     "Encoder and head of some settings, as a run begins."
     with no_random(s.seed):
         encoder = build_encoder(start_of(s), s.size, s.stem)
+        if s.channels: adapt_channels(encoder, s.channels)
         head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
     if s.grad_checkpoint: checkpoint_activations(encoder)
     return SimCLR(encoder, head)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['table_images', 'listed_images', 'ArrowRows', 'has_bytes', 'arrow_images', 'with_class_names', 'Rows', 'Row',
-           'array_images', 'dataset_images', 'labels_in', 'stored_splits']
+           'array_images', 'dataset_images', 'labels_in', 'stored_splits', 'file_at']
 
 # %% ../nbs/06d_tables.ipynb #78366c26
 import csv, hashlib, io, json, os
@@ -16,7 +16,8 @@ from PIL import Image
 from .core import listing, shown
 from .files import BadImage
 from .sets import ImageSet, Paths, folder_splits, is_picture
-from .stores import Store, address_images, cache_folder, facts_of, is_address, numbered, tar_images
+from .stores import AddressFiles, Store, address_images, cache_folder, facts_of, is_address, numbered
+from .stores import tar_images
 
 # %% ../nbs/06d_tables.ipynb #6a55ba1c
 path_columns = 'path', 'file', 'filename', 'file_name', 'image', 'image_path'
@@ -291,3 +292,22 @@ def stored_splits(
         if not found: raise FileNotFoundError(f'no file matches {text}')
         return (tar_images(found) if found[0].suffix == '.tar' else table_images(found)), None
     raise FileNotFoundError(f'there is no folder or file {shown(path)}')
+
+# %% ../nbs/06d_tables.ipynb #2721ff27
+@lru_cache(maxsize=16)
+def _rows_of(place:str)->dict:
+    "The pictures of one shard or table, by what stands behind its name in an address."
+    images = tar_images([place]) if place.endswith('.tar') else arrow_images([Path(place)])
+    return {str(f).rpartition('::')[2]: f for f in images.files}
+
+def file_at(
+    address:str, # as a set prints it: a path, shard.tar::name, table.parquet::row, s3://bucket/name
+):
+    "The file, or the picture of a store, that has an address."
+    place, _, key = address.rpartition('::')
+    if place:
+        if key in (rows := _rows_of(place)): return rows[key]
+        raise FileNotFoundError(f'there is no {key} in {place}')
+    if not is_address(address): return Path(address)
+    folder, _, name = address.rpartition('/')
+    return AddressFiles(folder, [name])[0]

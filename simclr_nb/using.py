@@ -139,8 +139,10 @@ def curate(s:Curate):
     if len(s.encoder_data) != 2: raise ValueError('simclr curate takes an encoder and the images: ENCODER DATA')
     out, (encoder, data) = curate_folder(s), s.encoder_data
     from simclr_nb.curate import curate_images, curation_summary, vectors_for, write_curation
+    from simclr_nb.candidates import find_encoder
     from simclr_nb.data import load_images
-    images = load_images(data)
+    from simclr_nb.depth import read_as
+    images = read_as(load_images(data), find_encoder(encoder).encoder)
     vectors, said = vectors_for(encoder, images, s.vectors, s.num_workers)
     found = curate_images(images, vectors)
     page = write_curation(out, found, s.most)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'check_vectors_file', 'write_vectors', 'read_vectors', 'vectors_file', 'about_encoder', 'encoder_of',
-           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'thumbnail',
-           'gallery_page']
+           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'picture_at',
+           'thumbnail', 'gallery_page']
 
 # %% ../nbs/14m_vectors.ipynb #8be9aa29
 import base64, html, io, json
@@ -19,6 +19,8 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from .core import atomic_write, read_description, save_tensors, shown
 from .data import BadImage, ImageSet, open_image
+from .depth import read_array, read_as
+from .tables import file_at
 from .store import encoder_facts
 from .features import extract_features, nearest
 from .index import neighbors_of
@@ -109,7 +111,8 @@ def embed_images(
     num_workers:int|None=None,
 )->tuple: # `Vectors`, and the files that could not be read
     "The vectors of images, as the encoder is meant to see them."
-    c = candidate(find_encoder(encoder), layer, crop)
+    found = find_encoder(encoder)
+    c, images = candidate(found, layer, crop), read_as(images, found.encoder)
     h, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.how())
     kept = idxs.tolist()
     left_out = [shown(images.files[i]) for i in sorted(set(range(len(images))) - set(kept))]
@@ -130,6 +133,7 @@ def search_images(
 )->dict: # path to a list of `Hit`, nearest first; the image itself is not among them
     "The nearest images to each of some images."
     c = encoder_of(encoder, vectors.about)
+    images = read_as(images, find_encoder(encoder).encoder)
     queries, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.how())
     cosines, rows = neighbors_of(vectors.h, queries, min(k + 1, len(vectors.h)))
     found = {}
@@ -172,10 +176,18 @@ def select_images(
     return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
 
 # %% ../nbs/14m_vectors.ipynb #a386fed9
+def picture_at(path:str|Path):
+    "An image for people, wherever it is; one that is not RGB on its own scale."
+    file = file_at(str(path))
+    try: return open_image(file)
+    except BadImage:
+        images = ImageSet([file])
+        return images.with_channels(read_array(file).shape[2])[0]
+
 def thumbnail(path:str|Path, side:int)->str:
     "A square picture as a `data:` address; empty where the file cannot be read."
-    try: image = ImageOps.fit(open_image(path), (side, side))
-    except BadImage: return ''
+    try: image = ImageOps.fit(picture_at(path), (side, side))
+    except (BadImage, ValueError): return ''
     data = io.BytesIO()
     image.save(data, 'jpeg', quality=80)
     return f'data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'
