@@ -196,7 +196,8 @@ def _misfit(v, images, file):
             try: images[i]
             except BadImage: continue
             return f'{shown(f.name)} is not among them'
-        if not hasattr(f, 'mark') and f.exists() and f.stat().st_mtime > since: return f'{shown(f.name)} has changed since'
+        if hasattr(f, 'mark'): continue                            # in a store
+        if f.exists() and f.stat().st_mtime > since: return f'{shown(f.name)} has changed since'
 
 def _read_fitting(encoder, images, file):
     v = read_vectors(file)

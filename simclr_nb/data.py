@@ -114,7 +114,7 @@ class TwoCropDataset(Dataset):
     def __len__(self): return len(self.images)
     def __getitem__(self,
         item, # (epoch, i); i alone: epoch 0
-    )->tuple: # crops (V, 3, S, S) uint8 (with `with_channels` (V, C, S, S) float32), parameters (V, P), the label if there are labels, index of the image
+    )->tuple: # crops (V, 3, S, S) uint8, parameters (V, P), the label if there are labels, index of the image
         epoch, i = item if isinstance(item, tuple) else (0, item)
         j, crops, params = self._first_readable(epoch, i)
         label = () if self.labels is None else (self.labels[j],)

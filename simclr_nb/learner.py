@@ -192,8 +192,7 @@ def simclr_learner(
     if augment.n_views != 2:
         raise ValueError(f'SimCLR compares 2 views, and this augmentation makes {augment.n_views}: '
                          'take augment.with_views(2)')
-    if memory_format is None:                             # a module of the user's may not take channels_last
-        memory_format = torch.channels_last if isinstance(arch, str) else torch.contiguous_format
+    if memory_format is None: memory_format = torch.channels_last if isinstance(arch, str) else torch.contiguous_format
     images = data if isinstance(data, (DataLoaders, ImageSet)) else load_images(data)
     model = _model(arch, weights, stem, size, head, projection_dim, seed, micro_batch, images)
     memory_format = safe_layout(model, memory_format)

@@ -110,7 +110,8 @@ def motion_blur(
 )->Tensor: # (B, 3, H, W)
     "Average along a line; edges of the image repeat."
     r = math.ceil(torch.as_tensor(length).max())//2 + 1 if kernel_size is None else kernel_size//2
-    kernel = _line(per_image(length, x), per_image(angle, x), r).expand(len(x), -1, -1, -1).repeat_interleave(x.shape[1], 0)
+    kernel = _line(per_image(length, x), per_image(angle, x), r).expand(len(x), -1, -1, -1)
+    kernel = kernel.repeat_interleave(x.shape[1], 0)
     wide = F.pad(x, (r, r, r, r), mode='replicate').flatten(0, 1)[None]
     return F.conv2d(wide, kernel, groups=len(kernel)).view_as(x)
 

@@ -220,7 +220,7 @@ def with_positives(self:ImageSet,
     words = [str(f.parent) for f in self.files] if column == 'folder' else self.columns.get(column)
     if words is None:
         known = f'its columns are {listing(self.columns)}' if self.columns else 'it has no columns (a table has)'
-        raise ValueError(f"there is no column {column} for the positives; {known}. 'folder' takes the folders as groups")
+        raise ValueError(f"there is no column {column} for the positives; {known}. 'folder' takes the folders")
     gaps = [i for i, w in enumerate(words) if w is None or str(w) in ('', 'nan', 'None')]
     if gaps:
         raise ValueError(f'{len(gaps)} of {len(words)} images have no {column}, the first is '
