@@ -1106,6 +1106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simclr_nb.options.recipe_path': ('options.html#recipe_path', 'simclr_nb/options.py'),
                                    'simclr_nb.options.recipes': ('options.html#recipes', 'simclr_nb/options.py'),
                                    'simclr_nb.options.several': ('options.html#several', 'simclr_nb/options.py'),
+                                   'simclr_nb.options.two_numbers': ('options.html#two_numbers', 'simclr_nb/options.py'),
                                    'simclr_nb.options.within': ('options.html#within', 'simclr_nb/options.py')},
             'simclr_nb.pictures': { 'simclr_nb.pictures._annotate': ('pictures.html#_annotate', 'simclr_nb/pictures.py'),
                                     'simclr_nb.pictures._apart': ('pictures.html#_apart', 'simclr_nb/pictures.py'),

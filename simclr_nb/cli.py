@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 from .options import (AnyCount, AnyFloat, AnyNatural, AnyText, Count, Flag, Natural, Seed, Workers,
-    check_settings, checked, grouped_fields, how, optional, read_command_line, read_recipe, several)
+    check_settings, checked, grouped_fields, how, optional, read_command_line, read_recipe, several, two_numbers)
 from .using import Curate, Embed, Search, Select, curate, embed, search, select
 from .terminal import lasting_output, one_line_errors, one_line_warnings
 
@@ -34,8 +34,8 @@ class Data:
     augment: Annotated[Preset | None, optional()] = None # augmentations of this preset; None: what suits the source
     # read images as they are, with so many channels and all their bits (TIFF, DICOM, PNG, .npy); None: 8-bit RGB
     channels: Annotated[AnyCount, 'at most 1,000'] = None
-    # values that become 0 and 1, as in 0,4095; none given: the 0.1 and 99.9 percentiles of each channel
-    value_range: several(float) = ()
+    # values that become 0 and 1, as in 0,4095; None: the 0.1 and 99.9 percentiles of each channel
+    value_range: AnyText = None
     # the second view comes from another image of the same group: a column of the table, or 'folder'
     positives: AnyText = None
     images: AnyCount = how(None) # number of images, for --dry-run without them; None: counted
@@ -111,7 +111,7 @@ def check_pretrain(s:Pretrain):
     if s.weights and s.stem: raise ValueError('--stem is for random weights: those of --weights bring their network')
     if s.freeze_epochs and not s.weights:
         raise ValueError('--freeze-epochs spares the weights of --weights: give these')
-    if len(s.value_range) not in (0, 2): raise ValueError('--value-range takes two numbers, as in 0,4095')
+    two_numbers('--value-range', s.value_range)
     if s.value_range and not s.channels: raise ValueError('--value-range is for images that --channels reads')
 
 # %% ../nbs/14_cli.ipynb #4ad4a533

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'AnyCount', 'Natural', 'AnyNatural', 'AnyFloat', 'Seed', 'AnyText', 'Flag', 'Workers', 'optional', 'several',
-           'how', 'groups_of', 'grouped_fields', 'checked', 'option', 'check_settings', 'recipes', 'recipe_path',
-           'read_recipe', 'read_command_line']
+           'how', 'groups_of', 'grouped_fields', 'checked', 'two_numbers', 'option', 'check_settings', 'recipes',
+           'recipe_path', 'read_recipe', 'read_command_line']
 
 # %% ../nbs/14b_options.ipynb #762b0f46
 import math, re
@@ -115,6 +115,13 @@ def _as_float(name, value): # YAML reads 1e-3 as text
     raise ValueError(f'{name} takes a number, got {value!r}')
 
 # %% ../nbs/14b_options.ipynb #62b3c5d8
+def two_numbers(name:str, text:str|None)->tuple: # of floats; empty for None
+    "The ends of a range, as in 0,4095."
+    if text is None: return ()
+    try: low, high = map(float, text.split(','))
+    except ValueError: raise ValueError(f'{name} takes two numbers, as in 0,4095; got {text!r}') from None
+    return low, high
+
 def option(name:str, hint)->str:
     "How a setting is called on the command line."
     return name if Positional in parts_of(hint)[2] else f'--{name.replace("_", "-")}'

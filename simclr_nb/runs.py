@@ -36,6 +36,7 @@ from .official import load_official
 from .pictures import markdown_table, plot_history, save_figure
 from .checkup import look_at_images
 from .folder import finish, held_folder, read_json, run_folder, settle
+from .options import two_numbers
 
 # %% ../nbs/14c_runs.ipynb #a2f274c8
 def view_size(s)->int:
@@ -46,7 +47,7 @@ def view_size(s)->int:
 def run_images(s):
     "The images to train on."
     images = load_images(s.source)
-    if s.channels: images = images.with_channels(s.channels, *s.value_range)
+    if s.channels: images = images.with_channels(s.channels, *two_numbers('--value-range', s.value_range))
     return images.with_positives(s.positives) if s.positives else images
 
 def launched()->int:
