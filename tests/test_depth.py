@@ -153,5 +153,6 @@ def test_the_command_says_what_does_not_go_together(tmp_path, deep):
     folder, channels = deep
     for more, why in ((dict(value_range='5'), 'two numbers'), (dict(value_range='9,5'), 'must rise'),
                       (dict(channels=7), f'has {channels}'), (dict(cache=5), 'cache keeps 8-bit RGB')):
-        with pytest.raises(SystemExit, match=why): cli.main(arguments(folder, tmp_path/'run', **dict(channels=channels) | more))
+        options = dict(channels=channels) | more
+        with pytest.raises(SystemExit, match=why): cli.main(arguments(folder, tmp_path/'run', **options))
     assert not (tmp_path/'run').exists()
