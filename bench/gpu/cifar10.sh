@@ -59,7 +59,7 @@ run=$out/run
 
 if [ -n "$tiny" ]; then
     recipe=(--arch resnet18_0.125x --size 32 --augment cifar10 --epochs 2 --batch-size 8 --lr 0.1 --temperature 0.5
-            --num-workers 0 --knn-every 0 --save-every 1)
+            --num-workers 0 --knn-every 0 --measure-every 0 --save-every 1)
     protocol=(--protocol knn,linear --seeds 0 --baselines untrained --rates 0.1 --linear-epochs 1 --num-workers 0)
 else
     precision=$("$python" -c 'import torch; print("bf16" if torch.cuda.is_available() else "fp32")')

@@ -42,8 +42,8 @@ def main():
         source = a.images or pictures(f'{tmp}/images', 24 if a.tiny else 8192)
         epochs = a.epochs or (1 if a.images else 6)
         settings = dict(arch=a.arch, size=32, augment='cifar10', batch_size=a.batch_size, epochs=epochs,
-                        lr=a.batch_size/256, temperature=.5, knn_every=0, precision='bf16' if gpu else 'fp32',
-                        out=f'{tmp}/run') | (dict(num_workers=0) if a.tiny else {})
+                        lr=a.batch_size/256, temperature=.5, knn_every=0, measure_every=0,
+                        precision='bf16' if gpu else 'fp32', out=f'{tmp}/run') | (dict(num_workers=0) if a.tiny else {})
         words = [w for k, v in settings.items() for w in (f'--{k.replace("_", "-")}', str(v))]
         done = subprocess.run([sys.executable, '-m', 'simclr_nb', 'pretrain', source, *words], text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
