@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from .channels import channels_of
 from .core import atomic_write, eval_mode, listing, save_tensors, write_json
 from .encoder import encoder_config, encoder_info, load_encoder, save_encoder
 from .official import load_official
@@ -80,7 +81,7 @@ def export_onnx(
     encoder:nn.Module, # from `build_encoder`, `load_encoder` or `load_official`, which know the size of its images
     path:str|Path, # the .onnx file
 )->Path: # path
-    "Write the encoder as ONNX: 'image' (B, 3, size, size) in [0, 1] to 'h' (B, d)."
+    "Write the encoder as ONNX: 'image' (B, C, size, size) in [0, 1] to 'h' (B, d)."
     path = Path(path)
     _need_onnx()
     with _staged(path.parent) as temp: _write_onnx(encoder, temp/path.name)
@@ -88,7 +89,7 @@ def export_onnx(
 
 def _write_onnx(encoder, path):
     size = _image_size(encoder)
-    example = torch.rand(2, 3, size, size, device=next(encoder.parameters()).device)
+    example = torch.rand(2, channels_of(encoder), size, size, device=next(encoder.parameters()).device)
     large = sum(p.numel() for p in encoder.parameters()) > 4e8 # a file of ONNX holds 2 GB; the numbers go beside it
     with eval_mode(encoder):
         torch.onnx.export(encoder, (example,), path, input_names=['image'], output_names=['h'], dynamo=True,
@@ -103,8 +104,8 @@ tags: [simclr, self-supervised, feature-extraction]
 
 # {arch}, pretrained with SimCLR
 
-An encoder: images (B, 3, {size}, {size}) in [0, 1], no mean subtracted, to features (B, {feature_dim}).
-Source: {source}.
+An encoder: images (B, {channels}, {size}, {size}) in [0, 1], no mean subtracted, to features (B, {feature_dim}).
+{scale}Source: {source}.
 
 ```python
 from simclr_nb.encoder import load_encoder
@@ -113,6 +114,7 @@ encoder = load_encoder('model.safetensors')
 {preparation}
 SimCLR: Chen, Kornblith, Norouzi, Hinton 2020, https://arxiv.org/abs/2002.05709
 '''
+_SCALE = 'In each channel the value {low} of a file becomes 0 and {high} becomes 1; what lies outside is clipped.\n'
 _PREPARATION = '''
 Images are prepared as in the official code ({how}):
 
@@ -135,7 +137,9 @@ def _preparation(config):
 def _card(config):
     "The model card."
     quoted = json.dumps(config['license'])
-    return _CARD.format(**config | dict(license=quoted, preparation=_preparation(config)))
+    scale = _SCALE.format(**config['pixels']) if 'pixels' in config else ''
+    more = dict(license=quoted, channels=config.get('channels', 3), scale=scale, preparation=_preparation(config))
+    return _CARD.format(**config | more)
 
 # %% ../nbs/13b_export.ipynb #2d982cdc
 def write_hub(

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import tensor_bundle as tb
+from simclr_nb.channels import adapt_channels
 from simclr_nb.core import BadCheckpoint
 from simclr_nb.bundle import Entry, read_index, read_table
 from simclr_nb.encoder import MaxPoolSame, build_encoder, encoder_info, load_encoder, save_encoder
@@ -432,13 +433,14 @@ def test_convert_to_timm_and_torchvision_files(tmp_path):
     net.load_state_dict(load_file(files[-1]))
     assert far(net.eval()(x), encoder(x)) < 1e-5
 
-@pytest.mark.parametrize('arch, size', [
-    ('resnet18_0.25x', 32), ('resnet50_0.25x', 64), ('resnet50_0.25x', 75), ('vit_tiny_patch16_224', 64)])
+@pytest.mark.parametrize('arch, size, channels', [
+    ('resnet18_0.25x', 32, 3), ('resnet18_0.25x', 32, 4), ('resnet50_0.25x', 64, 3), ('resnet50_0.25x', 75, 3),
+    ('vit_tiny_patch16_224', 64, 3), ('vit_tiny_patch16_224', 64, 1)])
 @torch.no_grad()
-def test_onnx_parity(tmp_path, arch, size):
+def test_onnx_parity(tmp_path, arch, size, channels):
     for name in ('onnx', 'onnxscript'): pytest.importorskip(name, reason=f'ONNX export needs the package {name}')
     runtime = pytest.importorskip('onnxruntime', reason='parity needs the package onnxruntime')
-    encoder = build_encoder(arch, size).eval()
+    encoder = adapt_channels(build_encoder(arch, size), channels).eval()
     next(encoder.children()).train()
     modes = [m.training for m in encoder.modules()]
     export_onnx(encoder, tmp_path/'encoder.onnx')
@@ -446,7 +448,7 @@ def test_onnx_parity(tmp_path, arch, size):
     encoder.eval()
     session = runtime.InferenceSession(tmp_path/'encoder.onnx')
     for n in (1, 2, 5):
-        x = torch.rand(n, 3, size, size)
+        x = torch.rand(n, channels, size, size)
         assert far(torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), encoder(x)) < 1e-5
 
 @pytest.mark.parametrize('arch, size', [('resnet18_0.25x', 32), ('resnet50_0.25x', 64)])

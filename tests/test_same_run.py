@@ -1,5 +1,6 @@
 "A run of several real processes takes the very steps of a run of one: same batches, views, losses and weights."
-import os
+import os, tarfile
+from pathlib import Path
 
 import numpy as np, pytest, torch, torch.multiprocessing as mp
 from fastai.callback.core import Callback
@@ -13,6 +14,7 @@ from conftest import free_port
 from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data import folder_images
 from simclr_nb.learner import simclr_learner
+from simclr_nb.stores import tar_images
 
 IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 16, 20      # a batch does not divide an epoch
 
@@ -44,10 +46,10 @@ class RawLosses(Callback):
         self.losses.append(float(loss))
 
 
-def train(folder, double, lr, size=32, **kwargs):
+def train(images, double, lr, size=32, **kwargs):
     "(weights and running statistics, losses, what the recorder says) of 20 steps of a small ResNet with LARS."
     augment = simclr_augmentations(size, strength=.5)
-    learn = simclr_learner(folder_images(folder), 'resnet18_0.25x', augment=augment, num_workers=0, **kwargs)
+    learn = simclr_learner(images, 'resnet18_0.25x', augment=augment, num_workers=0, **kwargs)
     if double: learn.loss_func = Single(learn.loss_func)
     raw = RawLosses()
     cbs = [raw] + [Double()]*double
@@ -78,15 +80,17 @@ def join(rank, world, port):
 
 def a_process(rank, world, port, folder):
     join(rank, world, port)
-    results = dict(double=train(folder, True, .1), single=train(folder, False, .003, 64, temperature=1.),
+    images = folder_images(folder)
+    results = dict(double=train(images, True, .1), single=train(images, False, .003, 64, temperature=1.),
                    foreign=foreign_loaders(folder))
+    if world == 2: results['shards'] = train(tar_images(sorted(Path(f'{folder} as shards').iterdir())), True, .1)
     torch.save(results, f'{folder}.{world}.{rank}')
 
 
 def a_wrong_process(rank, port, folder, fault):
     join(rank, 2, port)
     faults.plant(fault)
-    torch.save(train(folder, True, .1), f'{folder}.{fault}.{rank}')
+    torch.save(train(folder_images(folder), True, .1), f'{folder}.{fault}.{rank}')
 
 
 def run_all(processes):
@@ -107,6 +111,11 @@ def runs(tmp_path_factory):
     for i in range(IMAGES):
         coarse = np.random.default_rng(i).integers(0, 255, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((60, 50), Image.BICUBIC).save(folder/f'{i:02}.png')
+    shards = Path(f'{folder} as shards')
+    shards.mkdir()
+    for k in range(3):
+        with tarfile.open(shards/f'{k}.tar', 'w') as tar:
+            for file in sorted(folder.iterdir())[k::3]: tar.add(file, file.name)
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['simclr_nb.learner', 'fastai.vision.data'])
     results = {}
@@ -127,6 +136,14 @@ def test_the_weights_agree_in_double_precision(runs, world):
         weights = result['double']['weights']
         for k, v in one['weights'].items():
             torch.testing.assert_close(weights[k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
+
+
+def test_two_processes_over_shards_take_the_steps_of_one_over_the_folder(runs):
+    one = runs[1][0]['double']
+    for result in runs[2]:
+        torch.testing.assert_close(result['shards']['losses'], one['losses'], rtol=1e-5, atol=0)
+        for k, v in one['weights'].items():
+            torch.testing.assert_close(result['shards']['weights'][k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
 
 
 @pytest.mark.parametrize('fault', faults.faults)
