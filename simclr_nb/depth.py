@@ -32,8 +32,10 @@ def read_dicom(data:bytes):
     "The picture in a DICOM file, in its units."
     pydicom = need('pydicom', 'DICOM')
     file = pydicom.dcmread(io.BytesIO(data), force=True)
-    x = file.pixel_array*float(file.get('RescaleSlope', 1)) + float(file.get('RescaleIntercept', 0))
-    return x.max() + x.min() - x if file.get('PhotometricInterpretation') == 'MONOCHROME1' else x
+    x = file.pixel_array.astype(np.float64)
+    if file.get('PhotometricInterpretation') == 'MONOCHROME1':                       # 0 is white
+        x = 2**file.BitsStored - 1 - x if file.PixelRepresentation == 0 else -1 - x
+    return x*float(file.get('RescaleSlope', 1)) + float(file.get('RescaleIntercept', 0))
 
 def read_tiff(data:bytes):
     "The picture in a TIFF file; without tifffile up to four channels."
@@ -49,7 +51,9 @@ def read_opencv(data:bytes):
 
 def read_pillow(data:bytes): return np.asarray(Image.open(io.BytesIO(data)))
 
-readers = {b'\x93NUMPY': lambda data: np.load(io.BytesIO(data), allow_pickle=False), b'\x89PNG': read_opencv,
+def read_numpy(data:bytes): return np.load(io.BytesIO(data), allow_pickle=False)
+
+readers = {b'\x93NUMPY': read_numpy, b'\x89PNG': read_opencv,
            b'II*\0': read_tiff, b'MM\0*': read_tiff, b'II+\0': read_tiff, b'MM\0+': read_tiff}
 
 def channels_last(x)->np.ndarray: # (H, W, C)
@@ -58,6 +62,23 @@ def channels_last(x)->np.ndarray: # (H, W, C)
     if x.ndim == 2: return x[..., None]
     if x.ndim != 3: raise ValueError(f'expected a picture of two or three dimensions, got {x.shape}')
     return np.moveaxis(x, int(np.argmin(x.shape)), 2)
+
+def orientation(data:bytes, reader)->int: # 1 to 8, as in EXIF
+    "How the camera was held; 1 is upright, or unknown."
+    if reader in (read_numpy, read_dicom): return 1
+    if reader is read_tiff:
+        try: import tifffile
+        except ImportError: return 1
+        with tifffile.TiffFile(io.BytesIO(data)) as file: tag = file.pages[0].tags.get(274)
+        return tag.value if tag else 1
+    return Image.open(io.BytesIO(data)).getexif().get(274, 1)
+
+def upright(x, orientation:int): # (H, W, C)
+    "A picture as it was seen."
+    if orientation in (5, 6, 7, 8): x = x.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8): x = x[::-1]
+    if orientation in (2, 3, 6, 7): x = x[:, ::-1]
+    return x
 
 # %% ../nbs/06e_depth.ipynb #3c6e0710
 def read_array(
@@ -68,7 +89,8 @@ def read_array(
         data = file.read_bytes()
         reader = next((r for start, r in readers.items() if data.startswith(start)), None)
         if reader is None and (data[128:132] == b'DICM' or PurePath(file.name).suffix == '.dcm'): reader = read_dicom
-        return channels_last((reader or read_pillow)(data))
+        reader = reader or read_pillow
+        return upright(channels_last(reader(data)), orientation(data, reader))
 
 # %% ../nbs/06e_depth.ipynb #09790d3f
 class Depth(NamedTuple):
