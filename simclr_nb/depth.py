@@ -56,6 +56,7 @@ def read_numpy(data:bytes): return np.load(io.BytesIO(data), allow_pickle=False)
 readers = {b'\x93NUMPY': read_numpy, b'\x89PNG': read_opencv,
            b'II*\0': read_tiff, b'MM\0*': read_tiff, b'II+\0': read_tiff, b'MM\0+': read_tiff}
 
+# %% ../nbs/06e_depth.ipynb #50c4b251
 def channels_last(x)->np.ndarray: # (H, W, C)
     "A picture with its channels behind."
     x = np.squeeze(x) if np.ndim(x) > 3 else np.asarray(x)
