@@ -1348,6 +1348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simclr_nb.sets.Paths.__init__': ('sets.html#paths.__init__', 'simclr_nb/sets.py'),
                                 'simclr_nb.sets.Paths.__len__': ('sets.html#paths.__len__', 'simclr_nb/sets.py'),
                                 'simclr_nb.sets.Paths.item': ('sets.html#paths.item', 'simclr_nb/sets.py'),
+                                'simclr_nb.sets.Paths.names': ('sets.html#paths.names', 'simclr_nb/sets.py'),
                                 'simclr_nb.sets._Walk': ('sets.html#_walk', 'simclr_nb/sets.py'),
                                 'simclr_nb.sets._Walk.__init__': ('sets.html#_walk.__init__', 'simclr_nb/sets.py'),
                                 'simclr_nb.sets._Walk.add': ('sets.html#_walk.add', 'simclr_nb/sets.py'),

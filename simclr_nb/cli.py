@@ -113,6 +113,7 @@ def check_pretrain(s:Pretrain):
         raise ValueError('--freeze-epochs spares the weights of --weights: give these')
     two_numbers('--value-range', s.value_range)
     if s.value_range and not s.channels: raise ValueError('--value-range is for images that --channels reads')
+    if s.cache and s.channels: raise ValueError('--cache keeps 8-bit RGB: leave it out with --channels')
 
 # %% ../nbs/14_cli.ipynb #4ad4a533
 def pretrain(s:Pretrain):

@@ -41,7 +41,11 @@ def read_tiff(data:bytes):
     "The picture in a TIFF file; without tifffile up to four channels."
     try: import tifffile
     except ImportError: return read_opencv(data)
-    return tifffile.imread(io.BytesIO(data))
+    try: return tifffile.imread(io.BytesIO(data))
+    except ValueError as e:                                   # tifffile leaves compression to another package
+        if 'imagecodecs' not in str(e): raise
+    try: return read_opencv(data)
+    except ValueError as e: raise ValueError('its compression needs another package: pip install imagecodecs') from e
 
 def read_opencv(data:bytes):
     x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -44,7 +44,7 @@ class Store(Files):
 # %% ../nbs/06c_stores.ipynb #8b5b099a
 def classes_of(names)->tuple: # (labels, classes), or (None, None)
     "Labels by the first folder in each name, below the one that all have in common."
-    folders = [name.split('/')[:-1] for name in names]
+    folders = [name.removeprefix('./').split('/')[:-1] for name in names]
     depth = len(os.path.commonprefix(folders)) if folders else 0
     if not all(len(parts) > depth for parts in folders): return None, None
     return numbered([parts[depth] for parts in folders])
@@ -179,7 +179,7 @@ def tar_images(
 )->ImageSet: # sorted by name; labels from .cls files, else from folders
     "The pictures in tar shards."
     store = TarShards(shards)
-    if store.beside is None: return ImageSet(store, *classes_of([store.name(i) for i in range(len(store))]))
+    if store.beside is None: return ImageSet(store, *classes_of(store.names.names()))
     missing = [store.name(i) for i, at in enumerate(store.beside) if at is None]
     if missing:
         raise ValueError(f'{len(missing)} of {len(store)} pictures have no .cls beside them: {listing(missing)}')

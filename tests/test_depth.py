@@ -143,6 +143,15 @@ def test_pictures_are_put_upright_as_pillow_does_it(tmp_path, turn):
     np.testing.assert_array_equal(read_array(tmp_path/'a.jpg')[..., 0], jpeg)
 
 
+def test_compressed_tiff(tmp_path):
+    "LZW, as maps have it, which tifffile reads with another package only."
+    x = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3), np.uint16)
+    for name, picture in (('gray', x[..., 0]), ('color', x[..., ::-1])):
+        assert cv2.imwrite(str(tmp_path/f'{name}.tif'), picture, [cv2.IMWRITE_TIFF_COMPRESSION, 5])
+    np.testing.assert_array_equal(read_array(tmp_path/'gray.tif'), x[..., :1])
+    np.testing.assert_array_equal(read_array(tmp_path/'color.tif'), x)
+
+
 def test_dicom(tmp_path):
     pydicom = pytest.importorskip('pydicom')
     from pydicom.dataset import FileDataset, FileMetaDataset

@@ -101,11 +101,11 @@ def textures(folder, n, side=20, seed=0):
 def images(tmp_path_factory): return textures(tmp_path_factory.mktemp('set'), 160)
 
 def run(images, epochs=22, batch_size=32, lr=.002, loss=None, warmup=None, change=None, cbs=(), doctor=None, **kwargs):
-    "A learner that has trained, and the warnings of its run."
+    "A learner that has trained, and the warnings of its run; that it waits is looked at where a test sets `patience`."
     torch.manual_seed(0)
     how = dict(augment=augmentations_for('cifar10', 16), optimizer='adam', num_workers=0, temperature=.2) | kwargs
     learn = simclr_learner(images, Flat(), **how)
-    for name, value in (doctor or {}).items(): setattr(learn.doctor, name, value)
+    for name, value in (dict(patience=1e9) | (doctor or {})).items(): setattr(learn.doctor, name, value)
     if loss: learn.loss_func = loss
     if change: change(learn)
     with warnings.catch_warnings(record=True) as seen, learn.no_bar(), learn.no_logging():
@@ -174,7 +174,7 @@ class Slowly(Callback):
         dataset, views = self.dls.train.dataset, self.dls.train.dataset.views
         if self.data: dataset.views = lambda *key: (time.sleep(.005), views(*key))[1]
     def before_backward(self):
-        if not self.data: time.sleep(.2)
+        if not self.data: time.sleep(1)
 
 def test_waiting_for_data(images):
     sick, said = run(images, 5, cbs=[Slowly(data=True)], doctor=dict(patience=2))
@@ -240,8 +240,8 @@ def run_on(images, cbs):
     return learn, [str(w.message) for w in seen if str(w.message) in learn.doctor.said.values()]
 
 def test_the_doctor_changes_nothing(images):
-    with_him, _ = run(images, 3)
-    without, _ = run(images, 3, change=lambda learn: setattr(learn.doctor, 'patience', 1e9))
+    with_him, _ = run(images, 3, doctor=dict(patience=0))
+    without, _ = run(images, 3)
     assert all(map(torch.equal, with_him.model.state_dict().values(), without.model.state_dict().values()))
 
 
