@@ -48,7 +48,10 @@ def read_tiff(data:bytes):
     except ValueError as e: raise ValueError('its compression needs another package: pip install imagecodecs') from e
 
 def read_opencv(data:bytes):
-    x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    logging = cv2.utils.logging
+    before = logging.setLogLevel(logging.LOG_LEVEL_ERROR)     # it warns of every tag that a map has
+    try: x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    finally: logging.setLogLevel(before)
     if x is None: raise ValueError('OpenCV cannot decode it')
     order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(x.shape[2] if x.ndim == 3 else 1)            # BGR
     return x if order is None else x[..., order]
