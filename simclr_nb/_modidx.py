@@ -651,6 +651,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simclr_nb.files.memory_needed': ('files.html#memory_needed', 'simclr_nb/files.py'),
                                  'simclr_nb.files.open_for_crops': ('files.html#open_for_crops', 'simclr_nb/files.py'),
                                  'simclr_nb.files.open_image': ('files.html#open_image', 'simclr_nb/files.py'),
+                                 'simclr_nb.files.open_known': ('files.html#open_known', 'simclr_nb/files.py'),
                                  'simclr_nb.files.open_lazy': ('files.html#open_lazy', 'simclr_nb/files.py'),
                                  'simclr_nb.files.oriented_size': ('files.html#oriented_size', 'simclr_nb/files.py'),
                                  'simclr_nb.files.reading': ('files.html#reading', 'simclr_nb/files.py'),

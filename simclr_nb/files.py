@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np, simplejpeg, torch
 from fastcore.basics import patch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .augmentations import crop_resize
 from .core import listing, pixels, shown, to_rgb
 
@@ -92,13 +92,24 @@ def check_memory(mode:str, width:int, height:int):
             f'the limit is {most/2**20:.0f} MB: make it smaller, or set SIMCLR_NB_IMAGE_MB to more')
 
 # %% ../nbs/06a_files.ipynb #6eee25f6
+def open_known(file, name:str)->Image.Image: # file: a path, or bytes to read
+    "What Pillow knows, or can learn: HEIC."
+    try: return Image.open(file)
+    except UnidentifiedImageError:
+        if not name.lower().endswith(('.heic', '.heif')): raise
+    try: from pillow_heif import register_heif_opener
+    except ImportError as e:
+        raise ValueError("HEIC needs another package: pip install 'simclr_nb[heic]'") from e
+    register_heif_opener()
+    return Image.open(file)
+
 def open_lazy(
     path, # of a file, or something else with a `name` and `read_bytes()`
 )->Image.Image:
     "An image with its header read, not yet decoded; use it in a `with`."
     with reading(path):
-        if isinstance(path, (str, os.PathLike)): return Image.open(path)
-        im = Image.open(io.BytesIO(path.read_bytes()))
+        if isinstance(path, (str, os.PathLike)): return open_known(path, os.fspath(path))
+        im = open_known(io.BytesIO(path.read_bytes()), path.name)
         im.filename = shown(path)                        # for errors: Pillow knows none
         return im
 

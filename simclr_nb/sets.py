@@ -18,7 +18,7 @@ from .core import listing, shown
 from .files import open_image
 
 # %% ../nbs/06b_sets.ipynb #01ccdba3
-_extensions = {ext for ext, kind in mimetypes.types_map.items() if kind.startswith('image/')}
+_extensions = {ext for ext, kind in mimetypes.types_map.items() if kind.startswith('image/')} | {'.heic', '.heif'}
 
 deep_extensions = {'.npy', '.dcm'}                        # what only `with_channels` reads
 

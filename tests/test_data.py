@@ -1,5 +1,5 @@
 "Hostile files and folders: each is read right, or named and left out, and nothing else suffers."
-import io, os, subprocess, sys, warnings, zlib
+import io, json, os, subprocess, sys, tarfile, warnings, zlib
 from pathlib import Path
 from unittest import mock
 
@@ -418,3 +418,29 @@ def test_autoaugment_leaves_the_generators_of_gpus_alone():
     with mock.patch('torch.cuda.manual_seed_all') as reseed: first = transform.apply(x, params)
     assert not reseed.called and torch.equal(torch.get_rng_state(), before)
     assert torch.equal(transform.apply(x, params), first)
+
+
+def test_pictures_of_phones(tmp_path):
+    "HEIC, from a folder and from a tar file, upright; where its package is missing the error says so."
+    heif = pytest.importorskip('pillow_heif')
+    exif = Image.Exif()
+    exif[0x112] = 6
+    heif.from_pillow(picture.transpose(back[6])).save(tmp_path/'a.HEIC', quality=-1, exif=exif.tobytes())
+    with tarfile.open(tmp_path/'shard.tar', 'w') as tar: tar.add(tmp_path/'a.HEIC', 'a.HEIC')
+    code = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from simclr_nb.data import folder_images
+from simclr_nb.files import BadImage
+from simclr_nb.stores import tar_images
+folder = Path(sys.argv[1])
+if sys.argv[2] == 'without': sys.modules['pillow_heif'] = None
+try: print(json.dumps([np.asarray(s[0]).tolist() for s in (folder_images(folder), tar_images([folder/'shard.tar']))]))
+except BadImage as e: print(e)
+"""
+    def said(how):
+        return subprocess.run([sys.executable, '-c', code, tmp_path, how], capture_output=True, text=True).stdout
+    assert 'a.HEIC' in said('without') and "pip install 'simclr_nb[heic]'" in said('without')
+    for got in np.array(json.loads(said('with'))):
+        assert got.shape == (90, 120, 3) and np.abs(got - np.asarray(picture, int)).max() < 12
