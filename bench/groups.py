@@ -5,9 +5,9 @@
 A stand-in for parts that were photographed from several sides: of each of 1,250 training pictures of CIFAR-10 there are
 four photographs, turned by up to 90 degrees either way and tilted. The recipe's augmentations do not turn pictures.
 `none` takes both views from one photograph; `sides` the second one from another of the same picture; `chance` from any
-of four at random, as with a column that means nothing. The rest is the same. Graded on test pictures that are turned and
-tilted too: 20 neighbors by vote, and a linear classifier on the features of the 5,000. Prints a table, and differences
-to `none` within seeds with 95% intervals.
+of four at random, as with a column that means nothing. The rest is the same. Graded on test pictures that are turned
+and tilted too: 20 neighbors by vote, and a linear classifier on the features of the 5,000. Prints a table, and
+differences to `none` within seeds with 95% intervals.
 """
 import argparse, json
 from dataclasses import replace

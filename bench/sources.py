@@ -3,9 +3,9 @@
     python bench/sources.py --files 1000000 --folder DIR
 
 makes a folder of small JPEG files and the same ones as tar shards (below DIR, kept and used again; without --folder a
-temporary one), and prints JSON. Every measurement is a process of its own: `seconds`, and `MB`, the resident memory that
-is there afterwards and was not before. `first batch` is from an order of a data set to its first 256 pairs of crops.
-Reading is in random order, the same for both; `cold` after the kernel was told to forget the files' contents.
+temporary one), and prints JSON. Every measurement is a process of its own: `seconds`, and `MB`, the resident memory
+that is there afterwards and was not before. `first batch` is from the order of a data set to its first 256 pairs of
+crops. Reading is in random order, the same for both; `cold` after the kernel was told to forget the files' contents.
 """
 import argparse, gc, io, json, os, random, statistics, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
@@ -125,7 +125,8 @@ def main():
         for name in listings:
             cache = Path(tmp)/'cache'                       # where the shards' index is kept: none at first
             result['listing'][name] = child('list_once', name, small, shards, cache=cache)
-        result['listing']['simclr_nb, shards, again'] = child('list_once', 'simclr_nb, shards', small, shards, cache=cache)
+        again = child('list_once', 'simclr_nb, shards', small, shards, cache=cache)
+        result['listing']['simclr_nb, shards, again'] = again
         ours = ['simclr_nb, folder', 'simclr_nb, shards']
         result['first batch'] = {name: child('first_batch', name, small, shards, cache=cache) for name in ours}
         for state in ('warm', 'cold'):
