@@ -164,7 +164,7 @@ def test_a_shard_that_shrinks_while_it_is_used_is_named(place, tmp_path):
     shard = tmp_path/'a.tar'
     shard.write_bytes((place/'shards'/'0.tar').read_bytes())
     images = load_images(shard)
-    assert images[len(images) - 1].size[1] == 40
+    assert images.files[len(images) - 1].read_bytes()
     with open(shard, 'r+b') as f: f.truncate(1000)
     with pytest.raises(StoreError, match='a.tar is shorter than it was'): images.files[len(images) - 1].read_bytes()
 
