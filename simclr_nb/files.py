@@ -109,7 +109,7 @@ def open_lazy(
     "An image with its header read, not yet decoded; use it in a `with`."
     with reading(path):
         if isinstance(path, (str, os.PathLike)): return open_known(path, os.fspath(path))
-        im = open_known(io.BytesIO(path.read_bytes()), path.name)
+        im = open_known(io.BytesIO(path.read_bytes()), str(path))
         im.filename = shown(path)                        # for errors: Pillow knows none
         return im
 
