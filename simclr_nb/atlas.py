@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import atomic_write, shown
 from .data import ImageSet
 from .features import printable
-from .index import neighbors_of_each
+from .neighbors import neighbors_of_each
 from .pictures import project_2d
 from .vectors import Vectors, check_vectors_file, thumbnail
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import TooFewImages, atomic_write, plural, shown
 from .data import BadImage, ImageSet
 from .features import NotFinite, check_classes, check_features, printable
-from .index import neighbors_of_each
+from .neighbors import neighbors_of_each
 from .duplicates import file_digest, thumbnails
 from .logistic import feature_scale, logistic_path, logistic_regression
 from .vectors import Vectors, embed_images, encoder_of, gallery_page, read_vectors

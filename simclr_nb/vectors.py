@@ -23,7 +23,7 @@ from .depth import read_array, read_as
 from .tables import file_at
 from .store import encoder_facts
 from .features import extract_features, nearest
-from .index import neighbors_of
+from .neighbors import neighbors_of
 from .pictures import markdown_table
 from .candidates import candidate, find_encoder
 

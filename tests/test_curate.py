@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from simclr_nb import cli, curate, index
+from simclr_nb import cli, curate, neighbors
 from simclr_nb.core import write_json
 from simclr_nb.data import ImageSet, train_test_splits
 from simclr_nb.duplicates import thumbnails
@@ -211,30 +211,30 @@ def test_the_index_finds_nearly_all_neighbors(monkeypatch):
     bank = in_clusters(120_000)
     queries, exact = bank[::100], nearest(bank, bank[::100], 10)
     used = []
-    monkeypatch.setattr(index, '_search', lambda *args, real=index._search: used.append(1) or real(*args))
-    sims, idxs = index.neighbors_of(bank, queries)
+    monkeypatch.setattr(neighbors, '_search', lambda *args, real=neighbors._search: used.append(1) or real(*args))
+    sims, idxs = neighbors.neighbors_of(bank, queries)
     assert used
     shared = [len(set(a) & set(b)) for a, b in zip(idxs.tolist(), exact[1].tolist())]
     assert np.mean(shared)/10 >= .95
     assert torch.allclose(sims, (bank[idxs]*queries[:, None]).sum(2), atol=1e-5)
 
 def test_up_to_the_limit_and_for_few_queries_search_is_exact(monkeypatch):
-    monkeypatch.setattr(index, '_by_index', lambda *_: pytest.fail('an index was used'))
+    monkeypatch.setattr(neighbors, '_by_index', lambda *_: pytest.fail('an index was used'))
     bank = in_clusters(1500)
-    assert all(torch.equal(a, b) for a, b in zip(index.neighbors_of(bank, bank, 7, 1500), nearest(bank, bank, 7)))
-    index.neighbors_of(bank, bank[:200], 7, 100)
+    assert all(torch.equal(a, b) for a, b in zip(neighbors.neighbors_of(bank, bank, 7, 1500), nearest(bank, bank, 7)))
+    neighbors.neighbors_of(bank, bank[:200], 7, 100)
 
 def test_without_the_package_search_is_exact_and_says_so(monkeypatch):
-    monkeypatch.setattr(index, 'find_spec', lambda name: None)
+    monkeypatch.setattr(neighbors, 'find_spec', lambda name: None)
     bank = in_clusters(1500)
     with pytest.warns(UserWarning, match=r'1,500 vectors.*simclr_nb\[index\]'):
-        found = index.neighbors_of(bank, bank, 7, 1000)
+        found = neighbors.neighbors_of(bank, bank, 7, 1000)
     assert all(torch.equal(a, b) for a, b in zip(found, nearest(bank, bank, 7)))
 
 def test_hard_vectors_are_searched_until_enough_is_found():
     pytest.importorskip('faiss')
     bank = F.normalize(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    sims, _ = index.neighbors_of(bank, bank, 10, 1000)
+    sims, _ = neighbors.neighbors_of(bank, bank, 10, 1000)
     assert index.recall_of(sims, nearest(bank, bank, 10)[0]) >= .95
 
 

@@ -49,9 +49,12 @@ def title_of(notebook):
 def test_every_notebook_is_a_page_of_the_sidebar(site):
     from nbdev.config import nbpath2html
     pages = {nbpath2html(nb.relative_to(root/'nbs')).as_posix(): nb for nb in notebooks}
+    assert len(pages) == len(notebooks), 'two notebooks would be one page'
     shown = dict(sidebar_of((site/'index.html').read_text(encoding='utf-8')))
     assert set(pages) <= {page.relative_to(site).as_posix() for page in site.rglob('*.html')}
     assert set(pages) == set(shown)
+    front = (site/'index.html').read_text(encoding='utf-8')
+    assert 'Ten lines of Python' in front
     for page, nb in pages.items():
         number = re.match(r'(\d+)([a-z]*)_', nb.name)
         if number: assert shown[page] == f'{int(number[1])}{number[2]} {title_of(nb)}'
