@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, torch
-from scipy import stats
 from simclr_nb.grids import Training
 from simclr_nb.points import images_of, measure, train_point
+from simclr_nb.studies import half_interval
 from simclr_nb.tables import array_images
 
 base = Training(images=5_000, arch='resnet18_0.25x', stem='small', batch_size=128, epochs=10)
@@ -50,19 +50,15 @@ def run(way, t):
     found = measure(dict(h=learn.encoder), t, images, test)
     return {name: round(found[name], 2) for name in ('neighbors', 'linear')}
 
-def interval(x):
-    "Half the width of a 95% interval of the mean."
-    return stats.t.ppf(.975, len(x) - 1)*np.std(x, ddof=1)/len(x)**.5 if len(x) > 1 else float('nan')
-
 def table(lines):
     for name in ('neighbors', 'linear'):
         by_way = {way: {l['seed']: l[name] for l in lines if l['way'] == way} for way in ways}
         for way, scores in by_way.items():
             x = np.array([*scores.values()])
-            text = f'{name:10} {way:7} {x.mean():5.1f} ± {interval(x):.1f}'
+            text = f'{name:10} {way:7} {x.mean():5.1f} ± {half_interval(x):.1f}'
             both = sorted(scores.keys() & by_way['none'].keys())
             gain = np.array([scores[s] - by_way['none'][s] for s in both])
-            print(text if way == 'none' else f'{text}   minus none {gain.mean():+.1f} ± {interval(gain):.1f}')
+            print(text if way == 'none' else f'{text}   minus none {gain.mean():+.1f} ± {half_interval(gain):.1f}')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -47,6 +47,7 @@ def read_tiff(data:bytes):
     try: return read_opencv(data)
     except ValueError as e: raise ValueError('its compression needs another package: pip install imagecodecs') from e
 
+# %% ../nbs/06e_depth.ipynb #d109a80c
 def read_opencv(data:bytes):
     logging = cv2.utils.logging
     before = logging.setLogLevel(logging.LOG_LEVEL_ERROR)     # it warns of every tag that a map has
