@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, torch
-from simclr_nb.grids import Training
-from simclr_nb.points import images_of, measure, train_point
-from simclr_nb.studies import half_interval
-from simclr_nb.tables import array_images
+from simclr_nb.studies.grids import Training
+from simclr_nb.studies.points import images_of, measure, train_point
+from simclr_nb.studies.results import half_interval
+from simclr_nb.data.tables import array_images
 
 base = Training(images=5_000, arch='resnet18_0.25x', stem='small', batch_size=128, epochs=10)
 ways, sides = ('none', 'sides', 'chance'), 4

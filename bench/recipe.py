@@ -21,7 +21,7 @@ own = dict(stem='imagenet', crop=.3, brightness=.3, contrast=.5, blur=.3, colors
 def settings():
     "What the recipe says, and the numbers of its augmentation."
     import yaml
-    from simclr_nb.options import recipes
+    from simclr_nb.commands.options import recipes
     known = yaml.safe_load(recipes()['solar_cells'].read_text())
     keys = 'arch', 'size', 'head', 'projection_dim', 'batch_size', 'optimizer', 'lr', 'epochs', 'temperature'
     return {k: known[k] for k in keys} | own
@@ -39,7 +39,7 @@ def changed(variant):
 
 def parts():
     "Cells to train on, and cells to judge on; all of them training cells."
-    from simclr_nb.data import stratified_split, train_test_splits
+    from simclr_nb.data.datasets import stratified_split, train_test_splits
     return stratified_split(train_test_splits('solar_cells')[0], .25, 0)
 
 
@@ -69,7 +69,7 @@ def trained(s, seed, fit):
 
 def run(variant, seed):
     "One line of the file: what a variant reaches, and how long its training took."
-    from simclr_nb.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol
+    from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol
     fit, held_out = parts()
     s = settings() if variant in baselines else changed(variant)
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def run(variant, seed):
 
 def table(runs):
     "Mean and standard deviation over seeds; the best neighbors first."
-    from simclr_nb.pictures import markdown_table
+    from simclr_nb.pictures.plots import markdown_table
     by = {}
     for r in runs: by.setdefault(r['variant'], []).append(r)
     def cell(rows, column):

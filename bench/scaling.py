@@ -14,11 +14,11 @@ warnings.simplefilter('ignore')
 import cv2, numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
 from pipeline import sample_images
 from simclr_nb.augmentations import make_views, simclr_augmentations
-from simclr_nb.data import ImageSet, TwoCropDataset
+from simclr_nb.data.datasets import ImageSet, TwoCropDataset
 from simclr_nb.distributed import gather_rows, global_batch_norm
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, param_groups
-from simclr_nb.memory import bytes_per_step
+from simclr_nb.training.memory import bytes_per_step
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 from torch.nn.modules.batchnorm import _BatchNorm

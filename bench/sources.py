@@ -46,11 +46,11 @@ def make(folder, n):
 # Listing: each of these makes the list that its owner would keep
 
 def by_folder(small, shards):
-    from simclr_nb.sets import folder_images
+    from simclr_nb.data.sets import folder_images
     return folder_images(small)
 
 def by_shards(small, shards):
-    from simclr_nb.stores import tar_images
+    from simclr_nb.data.stores import tar_images
     return tar_images(sorted(shards.glob('*.tar')))
 
 def by_rglob(small, shards): return sorted(small.rglob('*.jpg'))
@@ -63,7 +63,7 @@ listings = {'simclr_nb, folder': by_folder, 'simclr_nb, shards': by_shards, 'sor
             'torchvision ImageFolder': by_torchvision}
 
 def list_once(contestant, small, shards):
-    import simclr_nb.data, simclr_nb.stores, torchvision.datasets                # not what is measured
+    import simclr_nb.data.datasets, simclr_nb.data.stores, torchvision.datasets                # not what is measured
     gc.collect()
     resident = psutil.Process().memory_info
     before, start = resident().rss, time.perf_counter()
@@ -74,7 +74,7 @@ def list_once(contestant, small, shards):
 
 def first_batch(contestant, small, shards):
     from simclr_nb.augmentations import simclr_augmentations
-    from simclr_nb.data import TwoCropDataset
+    from simclr_nb.data.datasets import TwoCropDataset
     start = time.perf_counter()
     images = listings[contestant](small, shards)
     crops = TwoCropDataset(images, simclr_augmentations(32))

@@ -29,7 +29,7 @@ def small(size): return size <= 32
 def pictures(args):
     "The images to train on; those to judge on, by part: none where a folder has no classes."
     import numpy as np
-    from simclr_nb.data import load_images, train_test_splits
+    from simclr_nb.data.datasets import load_images, train_test_splits
     rng = np.random.default_rng(0)                         # the same images whatever the seed of the run
     def some(images, idxs): return images.subset([int(i) for i in idxs])
     images = load_images(args.data)

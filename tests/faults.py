@@ -19,7 +19,7 @@ def no_gradient_through_the_gather():
 
 
 def gradients_are_summed():
-    from simclr_nb import loaders
+    from simclr_nb.training import loaders
     class Summing(loaders.DistributedDataParallel):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ def gradients_are_summed():
 
 
 def batch_norm_of_each_process():
-    from simclr_nb import loaders
+    from simclr_nb.training import loaders
     loaders.global_batch_norm = lambda model: model
 
 

@@ -5,9 +5,11 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np, pytest
 from PIL import Image
 
-from simclr_nb import cli, report, runs
+from simclr_nb.commands import main as cli
+from simclr_nb.commands import report
+from simclr_nb.commands import run as runs
 from simclr_nb.core import write_json
-from simclr_nb.folder import locked, read_json
+from simclr_nb.training.folder import locked, read_json
 
 settings = '--arch resnet18_0.125x --size 32 -b 8 --epochs 1 --lr 0.1 --num-workers 0'.split()
 

@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.distributed import gather_rows, global_batch_norm
 from simclr_nb.encoder import build_encoder, feature_dim
-from simclr_nb.memory import (AllocationTracker, activation_bytes, bytes_per_step, checkpoint_activations,
+from simclr_nb.training.memory import (AllocationTracker, activation_bytes, bytes_per_step, checkpoint_activations,
                               memory_per_device)
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.projection import SimCLR, projection_head

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from simclr_nb import cli, curate, neighbors
+from simclr_nb.commands import main as cli
+from simclr_nb.using import curate
+from simclr_nb.features import neighbors
 from simclr_nb.core import write_json
-from simclr_nb.data import ImageSet, train_test_splits
-from simclr_nb.duplicates import thumbnails
+from simclr_nb.data.datasets import ImageSet, train_test_splits
+from simclr_nb.features.copies import thumbnails
 from simclr_nb.encoder import build_encoder, load_encoder, save_encoder
-from simclr_nb.features import extract_features, nearest
-from simclr_nb.folder import clear_run
-from simclr_nb.vectors import Vectors, read_vectors, write_vectors
+from simclr_nb.features.extract import extract_features, nearest
+from simclr_nb.training.folder import clear_run
+from simclr_nb.using.vectors import Vectors, read_vectors, write_vectors
 
 root = Path(__file__).resolve().parents[1]
 kept_encoder = root/'nbs/cifar10/encoder.safetensors'

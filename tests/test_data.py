@@ -8,7 +8,7 @@ from PIL import Image
 
 from simclr_nb.augmentations import keyed_rng, simclr_augmentations
 from simclr_nb.core import pixels
-from simclr_nb.data import (BadImage, EvalDataset, ImageSet, TwoCropDataset, folder_images, folder_splits, image_files,
+from simclr_nb.data.datasets import (BadImage, EvalDataset, ImageSet, TwoCropDataset, folder_images, folder_splits, image_files,
                             open_image, stratified_split, train_loader)
 from simclr_nb.operations import AutoAugment
 
@@ -202,7 +202,7 @@ peak = '''
 import re, sys
 from pathlib import Path
 from simclr_nb.augmentations import Augmentation, NoCrop
-from simclr_nb.data import ImageSet, TwoCropDataset
+from simclr_nb.data.datasets import ImageSet, TwoCropDataset
 def kilobytes(key): return int(re.search(key + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
 dataset = TwoCropDataset(ImageSet(sys.argv[1:]), Augmentation(64, NoCrop()))
 dataset.views(0, 0)
@@ -431,9 +431,9 @@ def test_pictures_of_phones(tmp_path):
 import json, sys
 from pathlib import Path
 import numpy as np
-from simclr_nb.data import folder_images
-from simclr_nb.files import BadImage
-from simclr_nb.stores import tar_images
+from simclr_nb.data.datasets import folder_images
+from simclr_nb.data.files import BadImage
+from simclr_nb.data.stores import tar_images
 folder = Path(sys.argv[1])
 if sys.argv[2] == 'without': sys.modules['pillow_heif'] = None
 try: print(json.dumps([np.asarray(s[0]).tolist() for s in (folder_images(folder), tar_images([folder/'shard.tar']))]))

@@ -4,16 +4,16 @@ import json, warnings
 import cv2, numpy as np, pytest, torch
 from PIL import Image, ImageOps
 
-from simclr_nb import cli
+from simclr_nb.commands import main as cli
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, make_views, simclr_augmentations
-from simclr_nb.data import EvalDataset, TwoCropDataset
-from simclr_nb.depth import augmentation_for_channels, read_array
+from simclr_nb.data.datasets import EvalDataset, TwoCropDataset
+from simclr_nb.data.channels import augmentation_for_channels, read_array
 from simclr_nb.encoder import encoder_info, load_encoder
-from simclr_nb.features import extract_features
-from simclr_nb.files import BadImage
+from simclr_nb.features.extract import extract_features
+from simclr_nb.data.files import BadImage
 from simclr_nb.operations import apply_cpu, broader_augmentations
-from simclr_nb.sets import ImageSet, folder_images
-from simclr_nb.vectors import read_vectors
+from simclr_nb.data.sets import ImageSet, folder_images
+from simclr_nb.using.vectors import read_vectors
 
 tifffile = pytest.importorskip('tifffile')
 settings = dict(arch='resnet18_0.125x', size=32, batch_size=8, epochs=2, lr=.1, num_workers=0)

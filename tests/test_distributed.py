@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import free_port
-from simclr_nb.callbacks import OnlineEval
+from simclr_nb.training.history import OnlineEval
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
-from simclr_nb.memory import checkpoint_activations
+from simclr_nb.training.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_metrics, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 
@@ -229,7 +229,7 @@ def worker(rank, world, folder):
 
 def launch(f, world, folder):
     "Run f(rank, world, folder) in `world` processes, forked from one that has done the imports; at most 2*SECONDS."
-    imports = ['simclr_nb.distributed', 'simclr_nb.lars', 'simclr_nb.memory', 'simclr_nb.projection']
+    imports = ['simclr_nb.distributed', 'simclr_nb.lars', 'simclr_nb.training.memory', 'simclr_nb.projection']
     mp.get_context('forkserver').set_forkserver_preload(imports)
     context = mp.start_processes(f, (world, str(folder)), nprocs=world, join=False, start_method='forkserver')
     end = time.monotonic() + 2*SECONDS

@@ -9,13 +9,13 @@ from PIL import Image
 from torch import nn
 
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.callbacks import FreezeEncoder, History, read_history
-from simclr_nb.checkup import check_images
-from simclr_nb.data import ImageSet, augmentations_for
-from simclr_nb.doctor import plan_advice
+from simclr_nb.training.history import FreezeEncoder, History, read_history
+from simclr_nb.training.checkup import check_images
+from simclr_nb.data.datasets import ImageSet, augmentations_for
+from simclr_nb.training.checks import plan_advice
 from simclr_nb.learner import simclr_learner
-from simclr_nb.measures import OnlineMeasures, alpha_req, lidar, rankme, view_features
-from simclr_nb.resume import Checkpoints
+from simclr_nb.training.online import OnlineMeasures, alpha_req, lidar, rankme, view_features
+from simclr_nb.training.resume import Checkpoints
 
 
 # The measures, against their formulas

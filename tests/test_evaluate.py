@@ -5,10 +5,13 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np, pytest, torch
 from PIL import Image
 
-from simclr_nb import cli, data, logistic, protocols
-from simclr_nb.data import train_test_splits
+from simclr_nb.commands import main as cli
+from simclr_nb.data import datasets as data
+from simclr_nb.features import logistic
+from simclr_nb.evaluation import protocols
+from simclr_nb.data.datasets import train_test_splits
 from simclr_nb.encoder import build_encoder, save_encoder
-from simclr_nb.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol, run_protocols, summarize
+from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol, run_protocols, summarize
 
 
 def simclr(*args):

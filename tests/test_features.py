@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from simclr_nb.data import BadImage, ImageSet, load_images
-from simclr_nb.duplicates import find_near_duplicates
-from simclr_nb.features import accuracy, effective_rank, extract_features, knn_predict, nearest
+from simclr_nb.data.datasets import BadImage, ImageSet, load_images
+from simclr_nb.features.copies import find_near_duplicates
+from simclr_nb.features.extract import accuracy, effective_rank, extract_features, knn_predict, nearest
 
 
 def cells(n): return load_images('solar_cells').subset(range(n))

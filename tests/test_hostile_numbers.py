@@ -10,7 +10,7 @@ import simclr_nb.all
 from simclr_nb.all import ImageSet, LARS, load_encoder, nt_xent, save_encoder, simclr_augmentations, simclr_learner
 from simclr_nb.core import save_tensors
 from simclr_nb.encoder import build_encoder, encoder_info, resnet
-from simclr_nb.memory import checkpoint_activations
+from simclr_nb.training.memory import checkpoint_activations
 
 root = Path(__file__).resolve().parents[1]
 

@@ -133,7 +133,7 @@ def loaded(code, names):
 
 help_code = '''
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    from simclr_nb.cli import main
+    from simclr_nb.commands.main import main
     main(['pretrain', '--help'])
 '''
 

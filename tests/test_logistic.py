@@ -1,7 +1,7 @@
 "Every logistic regression reaches its optimum."
 import pytest, torch, torch.nn.functional as F
 
-from simclr_nb.logistic import _loss_grad, logistic_path
+from simclr_nb.features.logistic import _loss_grad, logistic_path
 
 
 def newton(h, y, lam, w):

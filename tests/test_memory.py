@@ -5,11 +5,11 @@ import pytest, timm, torch, torch.distributed as dist, torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.data import augmentations_for, load_images
+from simclr_nb.data.datasets import augmentations_for, load_images
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, learning_rate, param_groups
 from simclr_nb.learner import simclr_learner
-from simclr_nb.memory import checkpoint_activations
+from simclr_nb.training.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_accuracy, contrastive_entropy, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 import tensor_bundle as tb
 from simclr_nb.channels import adapt_channels
 from simclr_nb.core import BadCheckpoint
-from simclr_nb.bundle import Entry, read_index, read_table
+from simclr_nb.weights.bundle import Entry, read_index, read_table
 from simclr_nb.encoder import MaxPoolSame, build_encoder, encoder_info, load_encoder, save_encoder
-from simclr_nb.export import convert, export_onnx, torchvision_state
-from simclr_nb.official import (center_crop, check_tensors, empty_network, load_official, official_names,
+from simclr_nb.weights.export import convert, export_onnx, torchvision_state
+from simclr_nb.weights.official import (center_crop, check_tensors, empty_network, load_official, official_names,
                                 preprocess)
 
 root = Path(__file__).resolve().parents[1]

@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.callbacks import OnlineEval, OnlineProbe
-from simclr_nb.data import ImageSet
-from simclr_nb.features import knn_evaluator
+from simclr_nb.training.history import OnlineEval, OnlineProbe
+from simclr_nb.data.datasets import ImageSet
+from simclr_nb.features.extract import knn_evaluator
 from simclr_nb.learner import simclr_learner
 
 AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())

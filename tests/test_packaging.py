@@ -95,7 +95,7 @@ def test_every_module_imports(env, tmp_path):
     code = f'import importlib\nfor name in {modules}: print(importlib.import_module("simclr_nb." + name).__file__)'
     assert all(Path(found).is_relative_to(env) for found in python(env, code, tmp_path).splitlines())
 
-def test_there_is_one_command(): assert dict(settings['console_scripts']) == {'simclr': 'simclr_nb.cli:main'}
+def test_there_is_one_command(): assert dict(settings['console_scripts']) == {'simclr': 'simclr_nb.commands.main:main'}
 
 @pytest.mark.parametrize('command', ['pretrain', 'plot', 'evaluate', 'transfer', 'convert'])
 def test_commands_answer(env, tmp_path, command):

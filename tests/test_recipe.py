@@ -30,7 +30,7 @@ def test_the_recipe_is_that_of_the_demo():
 
 
 def test_test_cells_have_no_say():
-    from simclr_nb.data import train_test_splits
+    from simclr_nb.data.datasets import train_test_splits
     train, test = train_test_splits('solar_cells')
     fit, held_out = recipe.parts()
     files = [set(map(str, part.files)) for part in (train, test, fit, held_out)]

@@ -3,8 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
-from simclr_nb.grids import studies
-from simclr_nb.studies import (claims_table, overview, read_records, results_file, runs_left, runs_of,
+from simclr_nb.studies.grids import studies
+from simclr_nb.studies.results import (claims_table, overview, read_records, results_file, runs_left, runs_of,
                                study_table, verdict_table, what_was_run)
 
 nbs = Path(__file__).resolve().parents[1]/'nbs'

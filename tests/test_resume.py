@@ -5,9 +5,9 @@ import numpy as np, pytest, torch, torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from simclr_nb import cli
-from simclr_nb.callbacks import History, read_history
-from simclr_nb.resume import load_state
+from simclr_nb.commands import main as cli
+from simclr_nb.training.history import History, read_history
+from simclr_nb.training.resume import load_state
 
 STEPS = 18
 settings = dict(arch='resnet18_0.125x', size=32, batch_size=16, epochs=6, lr=.1, num_workers=0, save_every=2)
@@ -38,7 +38,7 @@ def images(place):
 @pytest.fixture(scope='module')
 def processes():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.cli', 'simclr_nb.learner', 'simclr_nb.resume', 'simclr_nb.features'])
+    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
     return context
 
 
@@ -243,8 +243,8 @@ def test_sigterm_saves_and_leaves(processes, images, place, straight):
 
 script = '''
 import os, signal, sys, torch
-from simclr_nb import cli
-from simclr_nb.callbacks import History
+from simclr_nb.commands import main as cli
+from simclr_nb.training.history import History
 torch.set_num_threads(1)
 write_line = History.after_batch
 def dies(self):
@@ -258,8 +258,8 @@ cli.main([*sys.argv[2:], '--overwrite'])
 
 slow_script = '''
 import sys, time, torch
-from simclr_nb import cli
-from simclr_nb.callbacks import History
+from simclr_nb.commands import main as cli
+from simclr_nb.training.history import History
 write_line = History.after_batch
 def slow(self):
     write_line(self)

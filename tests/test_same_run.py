@@ -12,9 +12,9 @@ from torch import nn
 import faults
 from conftest import free_port
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data import folder_images
+from simclr_nb.data.datasets import folder_images
 from simclr_nb.learner import simclr_learner
-from simclr_nb.stores import tar_images
+from simclr_nb.data.stores import tar_images
 
 IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 16, 20      # a batch does not divide an epoch
 

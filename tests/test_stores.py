@@ -5,14 +5,15 @@ import numpy as np, pytest, torch, torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from simclr_nb import cli, stores
+from simclr_nb.commands import main as cli
+from simclr_nb.data import stores
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
-from simclr_nb.callbacks import History, read_history
-from simclr_nb.data import TwoCropDataset, load_images, train_loader
-from simclr_nb.features import extract_features
-from simclr_nb.files import StoreError
-from simclr_nb.sets import ImageSet, folder_images
-from simclr_nb.tables import array_images, dataset_images
+from simclr_nb.training.history import History, read_history
+from simclr_nb.data.datasets import TwoCropDataset, load_images, train_loader
+from simclr_nb.features.extract import extract_features
+from simclr_nb.data.files import StoreError
+from simclr_nb.data.sets import ImageSet, folder_images
+from simclr_nb.data.tables import array_images, dataset_images
 
 IMAGES = 40
 augment = simclr_augmentations(32)
@@ -108,7 +109,7 @@ def test_a_set_of_the_hugging_face_library(place, folder):
     data = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(place/'hub'))
     data.save_to_disk(str(place/'saved'))
     assert same(batches(ImageSet(load_images(place/'saved').files, folder.labels)), batches(folder))
-    from simclr_nb.tables import hub_images
+    from simclr_nb.data.tables import hub_images
     images = hub_images(data)
     assert images.classes == folder.classes and same(batches(images), batches(folder))
 
@@ -119,7 +120,7 @@ def test_features_and_marks_do_not_need_files(folder, sources, name):
     want, _ = extract_features(net, folder, 32, num_workers=0)
     got, _ = extract_features(net, images, 32, num_workers=0)
     assert torch.equal(want, got)
-    from simclr_nb.resume import file_marks
+    from simclr_nb.training.resume import file_marks
     assert len(set(file_marks(images.files).tolist())) == IMAGES
 
 
@@ -228,7 +229,7 @@ def a_run(source, out, kill_at=None, more={}):
 
 def preloaded():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.cli', 'simclr_nb.learner', 'simclr_nb.resume', 'simclr_nb.features'])
+    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
     return context
 
 

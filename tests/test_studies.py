@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from simclr_nb.grids import scales, studies
-from simclr_nb.points import images_of, train_point
-from simclr_nb.studies import read_records, results_file
+from simclr_nb.studies.grids import scales, studies
+from simclr_nb.studies.points import images_of, train_point
+from simclr_nb.studies.results import read_records, results_file
 
 root = Path(__file__).resolve().parents[1]
 

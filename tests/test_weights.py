@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from test_commands import refused, simclr, works
 
 from simclr_nb.encoder import encoder_info, load_encoder
-from simclr_nb.folder import read_json
+from simclr_nb.training.folder import read_json
 
 network = 'resnet10t'
 settings = ('--arch', network, '--size', 32, '-b', 32, '--epochs', 1, '--optimizer', 'adam', '--lr', 1e-3,
