@@ -227,7 +227,8 @@ def bare(encoders, x):
 def evaluation(args):
     "The command on n images, 4/5 of them for training, beside its two networks on the same images in memory."
     import torch
-    from simclr_nb.data.datasets import eval_loader, folder_images, train_test_splits
+    from simclr_nb.data.datasets import eval_loader, train_test_splits
+    from simclr_nb.data.sets import folder_images
     from simclr_nb.encoder import build_encoder, save_encoder
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as d:

@@ -39,7 +39,8 @@ def changed(variant):
 
 def parts():
     "Cells to train on, and cells to judge on; all of them training cells."
-    from simclr_nb.data.datasets import stratified_split, train_test_splits
+    from simclr_nb.data.datasets import train_test_splits
+    from simclr_nb.data.sets import stratified_split
     return stratified_split(train_test_splits('solar_cells')[0], .25, 0)
 
 
@@ -86,7 +87,7 @@ def run(variant, seed):
 
 def table(runs):
     "Mean and standard deviation over seeds; the best neighbors first."
-    from simclr_nb.pictures.plots import markdown_table
+    from simclr_nb.core import markdown_table
     by = {}
     for r in runs: by.setdefault(r['variant'], []).append(r)
     def cell(rows, column):

@@ -30,7 +30,8 @@ from .weights.files import pretrained
 from .projection import SimCLR, projection_head
 from .ntxent import check_temperature, nt_xent
 from .lars import LARS, learning_rate, param_groups, schedule_plan
-from .data.datasets import ImageSet, check_batch, load_images
+from .data.datasets import check_batch, load_images
+from .data.sets import ImageSet
 from .data.channels import adapt_encoder
 from .distributed import gather_rows, launched_processes, process_group
 from .training.memory import checkpoint_activations

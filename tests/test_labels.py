@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from hues import pictures
-from simclr_nb.data.datasets import ImageSet
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.encoder import build_encoder
 from simclr_nb.evaluation.finetune import finetune, label_fraction_scores, label_indices, set_bn_momentum
 from simclr_nb.evaluation.linear import (check_labels, classification_report, classifier_learner, fit_cosine, linear_evaluation,

@@ -7,7 +7,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from simclr_nb.data.datasets import ImageSet
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.evaluation import transfer as module
 from simclr_nb.evaluation.transfer import find_transfer, transfer, transfer_linear, transfer_sets, transfer_splits
 

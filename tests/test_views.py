@@ -3,7 +3,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 from simclr_nb.augmentations import crop_views, make_views, simclr_augmentations
-from simclr_nb.data.datasets import folder_images, train_loader
+from simclr_nb.data.datasets import train_loader
+from simclr_nb.data.sets import folder_images
 from simclr_nb.operations import apply_cpu, broader_augmentations
 
 IMAGES, SEED = 32, 3

@@ -14,7 +14,7 @@ from fastai.torch_core import default_device
 from ..core import atomic_write, write_json
 from ..encoder import encoder_info, load_encoder
 from ..features.extract import map11
-from ..pictures.plots import markdown_table
+from ..core import markdown_table
 from ..evaluation.linear import permutation_test
 from ..features.metrics import bootstrap_interval, score_estimate
 from ..evaluation.transfer import pretrained_grid, random_grid, transfer, transfer_sets

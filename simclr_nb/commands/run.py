@@ -21,19 +21,22 @@ from .. import __version__
 from ..core import get_rank, shown
 from ..encoder import build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info
 from ..weights.files import pretrained
-from ..projection import SimCLR, projection_head, save_head
+from ..projection import SimCLR, projection_head
+from ..weights.files import save_head
 from ..data.datasets import augmentations_for, check_batch, load_images, presets
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
-from ..channels import adapt_channels
+from ..encoder import adapt_channels
 from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
 from ..training.history import FreezeEncoder, History, OnlineEval, read_history
 from ..training.resume import Checkpoints, saved_states
-from ..learner import schedule_plan, simclr_learner
+from ..lars import schedule_plan
+from ..learner import simclr_learner
 from ..training.online import OnlineMeasures
 from ..training.checks import Doctor
 from ..features.extract import knn_evaluator
 from ..weights.official import load_official
-from ..pictures.plots import markdown_table, plot_history, save_figure
+from ..core import markdown_table
+from ..pictures.plots import plot_history, save_figure
 from ..training.checkup import look_at_images
 from ..training.folder import finish, held_folder, read_json, run_folder, settle
 from .options import two_numbers

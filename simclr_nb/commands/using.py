@@ -66,7 +66,7 @@ def search(s:Search):
     if len(s.encoder_images) < 2:
         raise ValueError('simclr search takes an encoder and the images to look for: ENCODER IMAGE…')
     encoder, *files = s.encoder_images
-    from simclr_nb.data.datasets import ImageSet
+    from simclr_nb.data.sets import ImageSet
     from simclr_nb.using.vectors import gallery_page, hits_table, read_vectors, search_images, vectors_file
     missing = [f for f in files if not Path(f).is_file()]
     if missing: raise FileNotFoundError(f'there is no image {missing[0]}')

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core import listing, shown
 from ..augmentations import Augmentation, ColorDistortion, RandomGrayscale
-from ..channels import adapt_channels
+from ..encoder import adapt_channels
 from ..encoder import encoder_info, set_encoder_info
 from .files import BadImage, reading
 from ..operations import AutoAugment, RandomEqualize, RandomSobel

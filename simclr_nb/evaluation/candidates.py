@@ -15,8 +15,9 @@ from fastai.torch_core import default_device, no_random
 from torch import nn
 from ..encoder import encoder_info, load_encoder
 from ..weights.files import pretrained
-from ..projection import load_head, projection_head
-from .finetune import reinit
+from ..projection import projection_head
+from ..weights.files import load_head
+from ..weights.files import reinit
 from ..weights.official import preprocess
 from .protocols import Candidate, pixels_encoder
 from ..training.folder import read_json, run_folder

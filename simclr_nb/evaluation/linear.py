@@ -20,12 +20,16 @@ from ..core import TooFewImages, eval_mode, listing
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from ..encoder import feature_dim
 from ..lars import scale_lr
-from ..data.datasets import ImageSet, stratified_split
-from ..learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback, train_dls
+from ..data.sets import ImageSet, stratified_split
+from ..training.loaders import train_dls
+from ..learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback
 from ..training.history import SanityChecks, zero_linear
-from ..features.extract import (accuracy, balanced_accuracy, check_classes, check_features, check_number,
-    choose_neighbors, extract_features, knn_predict, metrics, printable, to_numpy)
-from ..pictures.plots import markdown_table, protocol_names
+from ..core import printable
+from ..features.extract import (
+    accuracy, balanced_accuracy, check_classes, check_features, check_number, choose_neighbors,
+    extract_features, knn_predict, metrics, to_numpy)
+from ..core import markdown_table
+from ..pictures.plots import protocol_names
 from ..features.logistic import feature_scale, logistic_path, logistic_regression
 
 # %% ../../nbs/evaluation/01_linear.ipynb #3fb64c67

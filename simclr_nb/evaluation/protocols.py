@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 from ..core import TooFewImages
 from ..encoder import feature_dim
-from ..data.datasets import ImageSet
+from ..data.sets import ImageSet
 from ..features.extract import balanced_accuracy, choose_neighbors, extract_features, knn_predict, metrics
 from .linear import check_labels, classification_report, linear_evaluation
 from ..features.logistic import logistic_regression

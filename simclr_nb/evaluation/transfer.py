@@ -22,9 +22,10 @@ from torchvision import datasets
 from .. import __version__
 from ..core import atomic_write, digest
 from ..augmentations import keyed_rng
-from ..data.datasets import ImageSet, folder_images, stratified_split
+from ..data.sets import ImageSet, folder_images, stratified_split
 from ..features.store import extraction_facts
-from ..features.extract import extract_features, printable
+from ..core import printable
+from ..features.extract import extract_features
 from .linear import check_sets, classification_report, joined
 from ..features.logistic import choose_penalty, l2_grid, linear_scores
 from .finetune import finetune

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from ..core import digest
-from ..data.datasets import BadImage, ImageSet
+from ..data.files import BadImage
+from ..data.sets import ImageSet
 from .extract import nearest
 
 # %% ../../nbs/features/04_copies.ipynb #5bbaf94b

@@ -8,17 +8,19 @@ __all__ = ['metrics', 'NotFinite', 'check_features', 'extract_features', 'neares
            'knn_evaluator', 'singular_values', 'effective_rank']
 
 # %% ../../nbs/features/01_extract.ipynb #02bd59db
-import json, math, os
+import json, math
 from contextlib import ExitStack
 from pathlib import Path
 from sys import float_info
 from typing import NamedTuple
 
-import torch.nn.functional as F, numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from ..core import TooFewImages, eval_mode, write_json
-from ..data.datasets import stratified_split, BadImage, ImageSet, default_workers, eval_loader
+from ..core import TooFewImages, eval_mode, printable, write_json
+from ..data.datasets import default_workers, eval_loader
+from ..data.files import BadImage
+from ..data.sets import ImageSet, stratified_split
 from .store import FeatureStore, extraction_facts
 
 # %% ../../nbs/features/01_extract.ipynb #bf771d6c
@@ -60,10 +62,6 @@ def _bar(batches):
 def to_numpy(t):
     "An array on the CPU of a tensor, an array or a list."
     return t.detach().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t)
-
-def printable(name)->str:
-    "A name of a file or of a class for people; bytes that are not UTF-8 as \\xe9."
-    return os.fsencode(str(name)).decode('utf-8', 'backslashreplace')
 
 def check_number(
     name:str, # of the argument, for the error

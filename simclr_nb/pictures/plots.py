@@ -11,14 +11,15 @@ import base64, html, io, json, warnings
 from importlib.resources import files
 from pathlib import Path
 
-import torch.nn.functional as F, numpy as np, matplotlib.pyplot as plt, torch
+import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
-from ..data.datasets import ImageSet
-from ..features.extract import check_features, effective_rank, nearest, nearest_to_each, printable, singular_values
+from ..core import printable
+from ..data.sets import ImageSet
+from ..features.extract import check_features, effective_rank, nearest, singular_values
 
 # %% ../../nbs/pictures/01_plots.ipynb #80c01d43
 protocol_names = dict(knn='nearest neighbors', logreg='logistic regression',
@@ -72,22 +73,6 @@ def _score_bars(ax, scores, name, j, n):
     bars = ax.bar(x, mean, .75/n, yerr=error, error_kw=dict(lw=1, ecolor='.2'), label=printable(name),
                   color=colors.get(name))
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
-
-# %% ../../nbs/pictures/01_plots.ipynb #98f1ef35
-def _table_line(cells, width, left):
-    first, *rest = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, width)))
-    return '| ' + ' | '.join([first, *rest]) + ' |'
-
-def markdown_table(
-    head:list, # of strings
-    rows:list, # of lists of strings
-    left:int=1, # columns of text, to the left; the others, of numbers, to the right
-)->str:
-    "A table in Markdown that is one on a terminal too."
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    rule = ['-'*(w + 2) if i < left else '-'*(w + 1) + ':' for i, w in enumerate(width)]
-    lines = [_table_line(r, width, left) for r in (head, *rows)]
-    return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
 
 # %% ../../nbs/pictures/01_plots.ipynb #e6d73729
 def _mark(ax, same): # True, False, or None where nobody knows

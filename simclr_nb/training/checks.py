@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import get_rank
 from ..ntxent import contrastive_metrics
 from .online import variances
-from .callbacks import Late
+from ..core import Late
 
 # %% ../../nbs/training/05_checks.ipynb #021ad26b
 few_images, few_steps, small_batch = 1000, 150, 64

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from ..core import listing, shown
 from ..augmentations import keyed_rng
-from ..data.datasets import ImageSet
+from ..data.sets import ImageSet
 from ..features.copies import thumbnails, twins
 
 # %% ../../nbs/training/09_checkup.ipynb #999782f1

@@ -25,7 +25,7 @@ from ..ntxent import alignment, contrastive_metrics, uniformity
 from ..lars import scale_lr
 from ..data.datasets import TwoCropDataset, check_batch
 from ..distributed import all_gather_objects, gather_detached, gather_rows, mean_over_ranks, others_wait
-from .callbacks import Late
+from ..core import Late
 
 # %% ../../nbs/training/03_history.ipynb #ff5d50e3
 class SanityChecks(Callback):

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import get_rank, get_world_size
 from ..augmentations import Augmentation, make_views
 from ..operations import apply_compiled, apply_cpu
-from ..data.datasets import ImageSet, StepSampler, TwoCropDataset, augmentations_for, presets, train_loader
+from ..data.datasets import StepSampler, TwoCropDataset, augmentations_for, presets, train_loader
+from ..data.sets import ImageSet
 from ..data.channels import as_rgb, augmentation_for_channels
 from ..distributed import global_batch_norm
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..core import checkpointed, unwrap
 from ..distributed import global_batch_norm
-from ..channels import channels_of
+from ..encoder import channels_of
 
 # %% ../../nbs/training/07_memory.ipynb #ee393db6
 class AllocationTracker(TorchDispatchMode):

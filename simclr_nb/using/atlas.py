@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import atomic_write, shown
-from ..data.datasets import ImageSet
-from ..features.extract import printable
+from ..data.sets import ImageSet
+from ..core import printable
 from ..features.neighbors import neighbors_of_each
 from ..pictures.plots import project_2d
 from .vectors import Vectors, check_vectors_file, thumbnail

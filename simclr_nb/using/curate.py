@@ -17,8 +17,10 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
 from ..core import TooFewImages, atomic_write, plural, shown
-from ..data.datasets import BadImage, ImageSet
-from ..features.extract import NotFinite, check_classes, check_features, printable
+from ..data.files import BadImage
+from ..data.sets import ImageSet
+from ..core import printable
+from ..features.extract import NotFinite, check_classes, check_features
 from ..features.neighbors import neighbors_of_each
 from ..features.copies import file_digest, thumbnails
 from ..features.logistic import feature_scale, logistic_path, logistic_regression

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from ..core import atomic_write, read_description, save_tensors, shown
-from ..data.datasets import BadImage, ImageSet, open_image
+from ..data.files import BadImage, open_image
+from ..data.sets import ImageSet
 from ..data.channels import read_array, read_as
 from ..data.tables import file_at
 from ..features.store import encoder_facts
 from ..features.extract import extract_features, nearest
 from ..features.neighbors import neighbors_of
-from ..pictures.plots import markdown_table
+from ..core import markdown_table
 from ..evaluation.candidates import candidate, find_encoder
 
 # %% ../../nbs/using/01_vectors.ipynb #6c2b516d
