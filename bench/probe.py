@@ -30,7 +30,7 @@ def cache_file(*facts):
 def real_features(source, n, m):
     "Features (n, 512) and classes of training images, and of m test images."
     import numpy as np, torch
-    from simclr_nb.data.datasets import train_test_splits
+    from simclr_nb.data.sources import train_test_splits
     from simclr_nb.encoder import build_encoder
     from simclr_nb.features.extract import extract_features
     file = cache_file(source, n, m, torch.__version__)
@@ -227,7 +227,8 @@ def bare(encoders, x):
 def evaluation(args):
     "The command on n images, 4/5 of them for training, beside its two networks on the same images in memory."
     import torch
-    from simclr_nb.data.datasets import eval_loader, train_test_splits
+    from simclr_nb.data.datasets import eval_loader
+    from simclr_nb.data.sources import train_test_splits
     from simclr_nb.data.sets import folder_images
     from simclr_nb.encoder import build_encoder, save_encoder
     torch.set_num_threads(args.threads)

@@ -39,7 +39,7 @@ def changed(variant):
 
 def parts():
     "Cells to train on, and cells to judge on; all of them training cells."
-    from simclr_nb.data.datasets import train_test_splits
+    from simclr_nb.data.sources import train_test_splits
     from simclr_nb.data.sets import stratified_split
     return stratified_split(train_test_splits('solar_cells')[0], .25, 0)
 

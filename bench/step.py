@@ -16,7 +16,7 @@ warnings.simplefilter('ignore')
 import numpy as np, torch, torch.distributed as dist
 from loss import missing
 from simclr_nb.augmentations import make_views
-from simclr_nb.data.datasets import augmentations_for
+from simclr_nb.data.sources import augmentations_for
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
 from simclr_nb.training.memory import AllocationTracker

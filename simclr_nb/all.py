@@ -17,8 +17,8 @@ from .encoder import build_encoder, load_encoder, save_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import nt_xent
 from .lars import LARS
-from .data.datasets import (
-    TwoCropDataset, augmentations_for, load_images, train_loader, train_test_splits)
+from .data.datasets import TwoCropDataset, train_loader
+from .data.sources import augmentations_for, load_images, train_test_splits
 from .data.files import open_image
 from .data.sets import ImageSet
 from .training.memory import checkpoint_activations, memory_per_device

@@ -30,9 +30,10 @@ from .weights.files import pretrained
 from .projection import SimCLR, projection_head
 from .ntxent import check_temperature, nt_xent
 from .lars import LARS, learning_rate, param_groups, schedule_plan
-from .data.datasets import check_batch, load_images
+from .data.datasets import check_batch
+from .data.sources import load_images
 from .data.sets import ImageSet
-from .data.channels import adapt_encoder
+from .training.loaders import adapt_encoder
 from .distributed import gather_rows, launched_processes, process_group
 from .training.memory import checkpoint_activations
 from .training.callbacks import LateLosses, MeanMetric, SmoothLoss

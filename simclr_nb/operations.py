@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RandomQuarterTurn', 'RandomCutout', 'RandomNoise', 'RandomSobel', 'RandomSolarize', 'RandomEqualize',
-           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations', 'solar_augmentations',
-           'apply_cv', 'apply_cpu', 'apply_compiled']
+           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations', 'apply_cv', 'apply_cpu',
+           'apply_compiled']
 
 # %% ../nbs/01a_operations.ipynb #bdc0596d
 import math
@@ -13,9 +13,9 @@ from functools import lru_cache, singledispatch
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .augmentations import Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale
-from .augmentations import RandomResizedCrop, RandomTransform, simclr_augmentations
-from .augmentations import check_images, keyed_rng, luma, per_image, to_grayscale
+from .augmentations import (
+    Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale, RandomTransform, check_images,
+    keyed_rng, luma, per_image, simclr_augmentations, to_grayscale)
 
 # %% ../nbs/01a_operations.ipynb #a6a7dbd9
 def rotate(
@@ -199,17 +199,6 @@ def broader_augmentations(
     base = simclr_augmentations(size, strength, **kwargs)
     views = dict(n_views=base.n_views, one_branch=base.one_branch)
     return Augmentation(size, base.crop, *base.transforms, *broader_operations(size, p), **views)
-
-# %% ../nbs/01a_operations.ipynb #b0d3a043
-def solar_augmentations(
-    size:int, # side of the views, pixels
-    implementation:str='torchvision', # of brightness and contrast: see `ColorDistortion`
-    **kwargs, # `n_views`, `one_branch`: see `Augmentation`
-)->Augmentation:
-    "For gray pictures without an up: crop, flip, quarter turns, brightness and contrast, little blur."
-    color = ColorDistortion(.3, .5, 0, 0, implementation=implementation)
-    return Augmentation(size, RandomResizedCrop((.3, 1.)), RandomFlip(), RandomQuarterTurn(), color,
-        RandomBlur(5, (.1, 1.), p=.3), **kwargs)
 
 # %% ../nbs/01a_operations.ipynb #764c0de5
 @singledispatch

@@ -11,7 +11,7 @@ from torch import nn
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.training.history import FreezeEncoder, History, read_history
 from simclr_nb.training.checkup import check_images
-from simclr_nb.data.datasets import augmentations_for
+from simclr_nb.data.sources import augmentations_for
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.training.checks import plan_advice
 from simclr_nb.learner import simclr_learner

@@ -9,7 +9,7 @@ from simclr_nb.commands import main as cli
 from simclr_nb.data import datasets as data
 from simclr_nb.features import logistic
 from simclr_nb.evaluation import protocols
-from simclr_nb.data.datasets import train_test_splits
+from simclr_nb.data.sources import train_test_splits
 from simclr_nb.encoder import build_encoder, save_encoder
 from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol, run_protocols, summarize
 

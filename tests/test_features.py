@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from simclr_nb.data.datasets import load_images
+from simclr_nb.data.sources import load_images
 from simclr_nb.data.files import BadImage
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.features.copies import find_near_duplicates

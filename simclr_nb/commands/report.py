@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core import atomic_write, plural, shown, write_json
 from ..encoder import encoder_info
-from ..data.datasets import load_images, presets
+from ..data.sources import load_images, presets
 from ..training.history import read_history
 from ..features.copies import find_near_duplicates
 from ..core import markdown_table

@@ -23,7 +23,8 @@ from ..encoder import build_encoder, encoder_info, load_encoder, save_encoder, s
 from ..weights.files import pretrained
 from ..projection import SimCLR, projection_head
 from ..weights.files import save_head
-from ..data.datasets import augmentations_for, check_batch, load_images, presets
+from ..data.datasets import check_batch
+from ..data.sources import augmentations_for, load_images, presets
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..encoder import adapt_channels
 from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device

@@ -34,7 +34,7 @@ def embed(s:Embed):
     check_settings(s)
     if len(s.encoder_data) != 2: raise ValueError('simclr embed takes an encoder and the images: ENCODER DATA')
     encoder, data = s.encoder_data
-    from simclr_nb.data.datasets import load_images
+    from simclr_nb.data.sources import load_images
     from simclr_nb.using.atlas import check_map_file, labels_of, map_method, open_command, write_map
     from simclr_nb.using.vectors import check_vectors_file, embed_images, vectors_file, write_vectors
     out = (check_map_file if s.map else check_vectors_file)(s.out or vectors_file(encoder))
@@ -140,8 +140,8 @@ def curate(s:Curate):
     out, (encoder, data) = curate_folder(s), s.encoder_data
     from simclr_nb.using.curate import curate_images, curation_summary, vectors_for, write_curation
     from simclr_nb.evaluation.candidates import find_encoder
-    from simclr_nb.data.datasets import load_images
-    from simclr_nb.data.channels import read_as
+    from simclr_nb.data.sources import load_images
+    from simclr_nb.evaluation.candidates import read_as
     images = read_as(load_images(data), find_encoder(encoder).encoder)
     vectors, said = vectors_for(encoder, images, s.vectors, s.num_workers)
     found = curate_images(images, vectors)

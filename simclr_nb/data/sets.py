@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['deep_extensions', 'is_picture', 'Files', 'Chosen', 'Paths', 'image_files', 'ImageSet', 'folder_images',
-           'stratified_split', 'folder_splits', 'same_partition']
+           'stratified_split', 'folder_splits', 'same_partition', 'Stored', 'Store']
 
 # %% ../../nbs/data/02_sets.ipynb #d21a4db9
 import mimetypes, os, warnings
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from fastcore.basics import patch
@@ -242,3 +242,35 @@ def with_positives(self:ImageSet,
 def same_partition(a, b)->bool:
     "Do two lists of integers sort things in the same way?"
     return b.ndim == 1 and len(np.unique(np.stack([a, b]), axis=1).T) == len(np.unique(a)) == len(np.unique(b))
+
+# %% ../../nbs/data/02_sets.ipynb #13215c75
+class Stored:
+    "Picture number i of a store: what a `Path` is to a file."
+    def __init__(self, store, i:int): self.store, self.i = store, i
+    @property
+    def name(self)->str: return PurePosixPath(self.store.name(self.i)).name
+    @property
+    def parent(self): return PurePosixPath(self.store.name(self.i)).parent
+    @property
+    def mark(self)->str: return self.store.mark(self.i)
+    def read_bytes(self)->bytes: return self.store.read(self.i)
+    def resolve(self): return self
+    def __str__(self): return self.store.address(self.i)
+    __repr__ = __str__
+    def __eq__(self, other): return isinstance(other, Stored) and str(self) == str(other)
+    def __lt__(self, other): return str(self) < str(other)
+    def __hash__(self): return hash(str(self))
+
+class Store(Files):
+    "Pictures that are no files: `name`, `address` and `read` say all that is needed of number i."
+    def item(self, i): return Stored(self, i)
+    def name(self, i:int)->str: raise NotImplementedError      # may have folders in it
+    def address(self, i:int)->str: raise NotImplementedError   # where it is, for people
+    def read(self, i:int)->bytes: raise NotImplementedError    # of an image file
+    def mark(self, i:int)->str: raise NotImplementedError      # another one where the picture is another one
+
+# %% ../../nbs/data/02_sets.ipynb #e2c12916
+def numbered(words)->tuple: # (labels, classes)
+    "Words as numbers, and the words in their order."
+    classes, labels = np.unique(np.asarray(words), return_inverse=True)
+    return labels, [str(c) for c in classes]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['table_images', 'listed_images', 'ArrowRows', 'has_bytes', 'arrow_images', 'with_class_names', 'Rows', 'Row',
-           'array_images', 'dataset_images', 'labels_in', 'stored_splits', 'file_at']
+           'array_images', 'dataset_images', 'labels_in']
 
 # %% ../../nbs/data/04_tables.ipynb #78366c26
 import csv, hashlib, io, json, os
@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core import listing, shown
-from .files import BadImage
-from .sets import ImageSet, Paths, folder_splits, is_picture
-from .stores import AddressFiles, Store, address_images, cache_folder, facts_of, is_address, numbered
-from .stores import tar_images
+from .files import BadImage, cache_folder, facts_of
+from .sets import ImageSet, Paths, Store, numbered
 
 # %% ../../nbs/data/04_tables.ipynb #6a55ba1c
 path_columns = 'path', 'file', 'filename', 'file_name', 'image', 'image_path'
@@ -239,75 +237,3 @@ def labels_in(dataset, label):
     if hasattr(dataset, 'column_names'): return np.asarray(dataset[label])             # Hugging Face's
     if label == 1 and hasattr(dataset, 'targets'): return np.asarray(dataset.targets)  # torchvision's
     return np.asarray([dataset[i][label] for i in range(len(dataset))])
-
-# %% ../../nbs/data/04_tables.ipynb #4dae56d8
-def hub_splits(name:str)->tuple:
-    "A data set of the Hugging Face hub, `owner/name` or `owner/name:configuration`."
-    try: import datasets
-    except ImportError as e: raise ImportError("the hub needs another package: pip install 'simclr_nb[hub]'") from e
-    name, _, configuration = name.partition(':')
-    parts = datasets.load_dataset(name, configuration or None)
-    sets = {part: hub_images(data) for part, data in parts.items()}
-    train = sets.get('train') or next(iter(sets.values()))
-    return train, next((sets[p] for p in ('test', 'validation', 'val', 'valid') if p in sets), None)
-
-def hub_images(data)->ImageSet:
-    "One part of a set of the hub, with the files as they are stored."
-    import datasets
-    image = next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
-    if image is None: raise ValueError(f'no column of the data set holds pictures; there are {list(data.features)}')
-    label = next((k for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    images = dataset_images(data.cast_column(image, datasets.Image(decode=False)), image, label)
-    images.classes = data.features[label].names if label else None
-    return images
-
-def folder_store(path:Path)->ImageSet|None:
-    "The set in a folder that holds tables or shards, and no pictures; None for any other folder."
-    def here(pattern): return sorted(p for p in path.glob(pattern) if p.is_file())
-    if (path/'dataset_info.json').exists() and here('*.arrow'): return arrow_images(here('*.arrow'))
-    for pattern, read in (('*.tar', tar_images), ('*.parquet', arrow_images)):
-        if here(pattern) and not any(is_picture(p.name) for p in path.iterdir()): return read(here(pattern))
-    return None
-
-# %% ../../nbs/data/04_tables.ipynb #2109345e
-def stored_splits(
-    source:str|Path, # see the top of this page
-)->tuple: # (train, test), or (all, None) where it has no parts
-    "The sets that a word on the command line means."
-    text = str(source)
-    if text.startswith('hf:'): return hub_splits(text.removeprefix('hf:'))
-    if is_address(text): return address_images(text), None
-    path = Path(source)
-    if path.is_dir():
-        test = next((path/n for n in ('test', 'val', 'valid', 'validation') if (path/n).is_dir()), None)
-        train = folder_store(path/'train') if test and (path/'train').is_dir() else None
-        if train: return train, folder_store(test)
-        return (stored, None) if (stored := folder_store(path)) else folder_splits(path)
-    if path.is_file():
-        if path.suffix == '.tar': return tar_images([path]), None
-        if path.suffix in ('.csv', '.tsv', '.txt', '.parquet', '.arrow'): return table_images(path), None
-        raise ValueError(f'{shown(path)} is a file, but no table (.csv, .tsv, .txt, .parquet, .arrow) and no .tar')
-    if any(sign in text for sign in '*?['):
-        found = sorted(path.parent.glob(path.name))
-        if not found: raise FileNotFoundError(f'no file matches {text}')
-        return (tar_images(found) if found[0].suffix == '.tar' else table_images(found)), None
-    raise FileNotFoundError(f'there is no folder or file {shown(path)}')
-
-# %% ../../nbs/data/04_tables.ipynb #2721ff27
-@lru_cache(maxsize=16)
-def _rows_of(place:str)->dict:
-    "The pictures of one shard or table, by what stands behind its name in an address."
-    images = tar_images([place]) if place.endswith('.tar') else arrow_images([Path(place)])
-    return {str(f).rpartition('::')[2]: f for f in images.files}
-
-def file_at(
-    address:str, # as a set prints it: a path, shard.tar::name, table.parquet::row, s3://bucket/name
-):
-    "The file, or the picture of a store, that has an address."
-    place, _, key = address.rpartition('::')
-    if place:
-        if key in (rows := _rows_of(place)): return rows[key]
-        raise FileNotFoundError(f'there is no {key} in {place}')
-    if not is_address(address): return Path(address)
-    folder, _, name = address.rpartition('/')
-    return AddressFiles(folder, [name])[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['built_in', 'free_settings', 'Found', 'timm_encoder', 'find_encoder', 'evaluation_folder', 'head_of', 'untrained',
-           'untrained_head', 'transform_of', 'candidate', 'candidates', 'check_repetitions']
+           'untrained_head', 'transform_of', 'candidate', 'candidates', 'check_repetitions', 'read_as']
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #5f520709
 from pathlib import Path
@@ -14,13 +14,12 @@ import timm
 from fastai.torch_core import default_device, no_random
 from torch import nn
 from ..encoder import encoder_info, load_encoder
-from ..weights.files import pretrained
 from ..projection import projection_head
-from ..weights.files import load_head
-from ..weights.files import reinit
+from ..weights.files import load_head, pretrained, reinit
 from ..weights.official import preprocess
-from .protocols import Candidate, pixels_encoder
+from ..data.sets import ImageSet
 from ..training.folder import read_json, run_folder
+from .protocols import Candidate, pixels_encoder
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #ca9c08d5
 class Found(NamedTuple):
@@ -173,3 +172,12 @@ def _settings(found):
     config = read_json(found.run/'config.json') if found.run else {}
     info = {k: encoder_info(found.encoder).get(k) for k in ('arch', 'size', 'stem')}
     return info | {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
+
+# %% ../../nbs/evaluation/04_candidates.ipynb #53ddbe14
+def read_as(
+    images:ImageSet,
+    encoder, # that `encoder_info` knows
+)->ImageSet:
+    "A set, read as the one on which an encoder was trained."
+    info = encoder_info(encoder)
+    return images.with_channels(info['channels'], **info['pixels']) if info.get('pixels') else images

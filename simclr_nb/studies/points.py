@@ -19,7 +19,7 @@ from ..operations import (
 from ..encoder import build_encoder
 from ..ntxent import nt_xent
 from ..losses import margin_triplet, nt_logistic
-from ..data.datasets import train_test_splits
+from ..data.sources import train_test_splits
 from ..data.sets import ImageSet
 from ..learner import optimizers, simclr_learner, supervised_learner
 from ..features.extract import accuracy, effective_rank, extract_features, knn_predict

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fast_apply', 'crops_to_views', 'first_views', 'show_views', 'CropLoaders', 'train_dls', 'split_loader',
-           'DistributedTraining']
+           'DistributedTraining', 'adapt_encoder']
 
 # %% ../../nbs/training/01_loaders.ipynb #e5c3022d
 from inspect import signature
@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import get_rank, get_world_size
 from ..augmentations import Augmentation, make_views
 from ..operations import apply_compiled, apply_cpu
-from ..data.datasets import StepSampler, TwoCropDataset, augmentations_for, presets, train_loader
-from ..data.sets import ImageSet
-from ..data.channels import as_rgb, augmentation_for_channels
+from ..encoder import adapt_channels, set_encoder_info
 from ..distributed import global_batch_norm
+from ..data.channels import as_rgb, augmentation_for_channels
+from ..data.datasets import StepSampler, TwoCropDataset, train_loader
+from ..data.sets import ImageSet
+from ..data.sources import augmentations_for, presets
 
 # %% ../../nbs/training/01_loaders.ipynb #9d63c60c
 def fast_apply(
@@ -176,3 +178,11 @@ class DistributedTraining(Callback):
     def after_fit(self): self.learn.model, self.learn.dls.loaders, self.learn.logger = self.alone
     def after_failed_fit(self):
         if isinstance(self.model, DistributedDataParallel): self.after_fit()
+
+# %% ../../nbs/training/01_loaders.ipynb #01d65ec2
+def adapt_encoder(encoder, images):
+    "An encoder that takes the channels of a set, and remembers how they are read."
+    depth = getattr(images, 'depth', None)
+    if depth is None: return encoder
+    adapt_channels(encoder, depth.channels)
+    return set_encoder_info(encoder, channels=depth.channels, pixels=dict(low=depth.low, high=depth.high))

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core import atomic_write, read_description, save_tensors, shown
 from ..data.files import BadImage, open_image
 from ..data.sets import ImageSet
-from ..data.channels import read_array, read_as
-from ..data.tables import file_at
+from ..data.channels import read_array
+from ..evaluation.candidates import read_as
+from ..data.sources import file_at
 from ..features.store import encoder_facts
 from ..features.extract import extract_features, nearest
 from ..features.neighbors import neighbors_of
