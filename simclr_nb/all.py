@@ -25,10 +25,12 @@ from .training.memory import checkpoint_activations, memory_per_device
 from .training.history import OnlineEval, OnlineProbe, read_history
 from .training.resume import Checkpoints
 from .learner import SimCLRLearner, simclr_learner, supervised_learner
-from .features.extract import extract_features, knn_evaluator
+from .features.extract import extract_features
+from .features.neighbors import knn_evaluator
 from .features.copies import find_near_duplicates
 from .pictures.plots import html_map, plot_history, plot_map, plot_neighbors, project_2d
-from .evaluation.linear import compare, linear_evaluation, permutation_test
+from .features.metrics import permutation_test
+from .evaluation.linear import compare, linear_evaluation
 from .features.logistic import logistic_regression
 from .evaluation.finetune import finetune, label_fraction
 from .evaluation.transfer import transfer

@@ -10,7 +10,7 @@ from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.training.history import OnlineEval, OnlineProbe
 from simclr_nb.data.sets import ImageSet
-from simclr_nb.features.extract import knn_evaluator
+from simclr_nb.features.neighbors import knn_evaluator
 from simclr_nb.learner import simclr_learner
 
 AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())

@@ -13,9 +13,9 @@ from pathlib import Path
 from fastai.torch_core import default_device
 from ..core import atomic_write, write_json
 from ..encoder import encoder_info, load_encoder
-from ..features.extract import map11
+from ..features.metrics import map11
 from ..core import markdown_table
-from ..evaluation.linear import permutation_test
+from ..features.metrics import permutation_test
 from ..features.metrics import bootstrap_interval, score_estimate
 from ..evaluation.transfer import pretrained_grid, random_grid, transfer, transfer_sets
 from ..evaluation.candidates import Found, transform_of, untrained

@@ -18,7 +18,7 @@ from ..data.sources import load_images, presets
 from ..training.history import read_history
 from ..features.copies import find_near_duplicates
 from ..core import markdown_table
-from ..features.extract import nearest_to_each
+from ..features.neighbors import nearest_to_each
 from ..pictures.plots import (
     html_map, plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors,
     plot_scores, plot_spectrum, project_2d, protocol_names, save_figure)

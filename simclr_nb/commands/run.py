@@ -34,11 +34,11 @@ from ..lars import schedule_plan
 from ..learner import simclr_learner
 from ..training.online import OnlineMeasures
 from ..training.checks import Doctor
-from ..features.extract import knn_evaluator
+from ..features.neighbors import knn_evaluator
 from ..weights.official import load_official
 from ..core import markdown_table
 from ..pictures.plots import plot_history, save_figure
-from ..training.checkup import look_at_images
+from ..features.copies import look_at_images
 from ..training.folder import finish, held_folder, read_json, run_folder, settle
 from .options import two_numbers
 

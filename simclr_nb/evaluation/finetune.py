@@ -16,7 +16,7 @@ from ..core import TooFewImages, plural, printable
 from ..augmentations import keyed_rng
 from ..lars import scale_lr
 from ..data.sets import ImageSet
-from ..features.extract import check_number
+from ..features.metrics import check_number
 from ..learner import SimCLRLearner
 from simclr_nb.evaluation.linear import (
     as_options, check_rates, check_sets, classifier_learner, evaluate_classifier, fit_cosine, n_outputs,

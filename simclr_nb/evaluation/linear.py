@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_labels', 'compare', 'score', 'as_table', 'Frozen', 'Standardized', 'classifier_learner',
-           'classification_report', 'select_on_val', 'linear_evaluation', 'permutation_test', 'transformation_probe']
+           'classification_report', 'select_on_val', 'linear_evaluation', 'transformation_probe']
 
 # %% ../../nbs/evaluation/01_linear.ipynb #1d661c2e
 import math
@@ -16,21 +16,20 @@ from fastai.torch_core import trainable_params
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from ..core import TooFewImages, eval_mode, listing
+from ..core import TooFewImages, eval_mode, listing, markdown_table, printable
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from ..encoder import feature_dim
 from ..lars import scale_lr
 from ..data.sets import ImageSet, stratified_split
+from ..features.extract import extract_features
+from ..features.logistic import feature_scale, logistic_path, logistic_regression
+from ..features.metrics import (
+    accuracy, balanced_accuracy, check_classes, check_features, check_number, metrics)
+from ..features.neighbors import choose_neighbors, knn_predict
+from ..pictures.plots import protocol_names
+from ..training.history import SanityChecks, zero_linear
 from ..training.loaders import train_dls
 from ..learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback
-from ..training.history import SanityChecks, zero_linear
-from ..core import printable
-from ..features.extract import (
-    accuracy, balanced_accuracy, check_classes, check_features, check_number, choose_neighbors,
-    extract_features, knn_predict, metrics, to_numpy)
-from ..core import markdown_table
-from ..pictures.plots import protocol_names
-from ..features.logistic import feature_scale, logistic_path, logistic_regression
 
 # %% ../../nbs/evaluation/01_linear.ipynb #3fb64c67
 def n_outputs(images:ImageSet)->int:
@@ -288,45 +287,6 @@ def linear_evaluation(
             fit_cosine(learn, epochs, lr)
             return evaluate_classifier(learn.model, b, size, crop, num_workers, transform)
     return select_on_val(run, as_options(lr), train, test, fraction=fraction, seed=seed)
-
-# %% ../../nbs/evaluation/01_linear.ipynb #9b36b74b
-def _swap_each(y, a, b, metric, samples, rng):
-    "The observed difference, and those after swaps of predictions, image by image."
-    shape = len(y), *[1]*(a.ndim - 1)
-    swapped = []
-    for _ in range(samples):
-        s = rng.random(len(y)).reshape(shape) < .5
-        swapped.append(metric(y, np.where(s, b, a)) - metric(y, np.where(s, a, b)))
-    return metric(y, a) - metric(y, b), np.array(swapped)
-
-def _swap_counts(y, a, b, metric, samples, rng):
-    "The same for an accuracy, which depends only on how many predictions differ in being right."
-    groups = [np.ones(len(y), bool)] if metric is accuracy else [y == c for c in np.unique(y)]
-    d = (a == y).astype(int) - (b == y)
-    observed, swapped = np.mean([d[g].mean() for g in groups]), 0
-    for g in groups:
-        n = np.abs(d[g]).sum()
-        swapped = swapped + (2*rng.binomial(n, .5, samples) - n)/(g.sum()*len(groups))
-    return observed, swapped
-
-# %% ../../nbs/evaluation/01_linear.ipynb #fc8fc16b
-def permutation_test(
-    y, # (n,) classes, or what else the metric compares with
-    a, b, # predictions of two models, image by image: (n,) classes, or (n, C) scores
-    metric=accuracy, # one of `metrics`, by name or itself, or any function of truth and predictions
-    samples:int=100_000,
-    seed:int=0,
-)->float: # p, two-sided
-    "The probability of a difference at least as large if the two models were equally good."
-    y, a, b = (to_numpy(t) for t in (y, a, b))
-    if not len(y) == len(a) == len(b) or a.shape != b.shape:
-        raise ValueError(f'expected predictions of both models for each of {len(y)} images, '
-                         f'got {a.shape} and {b.shape}')
-    check_number('samples', samples, 1, whole=True)
-    if isinstance(metric, str): metric = metrics[metric]
-    swap = _swap_counts if metric in (accuracy, balanced_accuracy) else _swap_each
-    observed, swapped = swap(y, a, b, metric, samples, np.random.default_rng(seed))
-    return float((1 + (np.abs(swapped) >= abs(observed) - 1e-12).sum())/(1 + samples))
 
 # %% ../../nbs/evaluation/01_linear.ipynb #7ec87246
 class _Versions(nn.Module):

@@ -20,7 +20,9 @@ from torch import nn
 from ..core import TooFewImages
 from ..encoder import feature_dim
 from ..data.sets import ImageSet
-from ..features.extract import balanced_accuracy, choose_neighbors, extract_features, knn_predict, metrics
+from ..features.extract import extract_features
+from ..features.metrics import balanced_accuracy, metrics
+from ..features.neighbors import choose_neighbors, knn_predict
 from .linear import check_labels, classification_report, linear_evaluation
 from ..features.logistic import logistic_regression
 from ..features.metrics import difference_estimate, paired_test, score_estimate

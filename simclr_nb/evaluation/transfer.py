@@ -23,7 +23,7 @@ from .. import __version__
 from ..core import atomic_write, digest
 from ..augmentations import keyed_rng
 from ..data.sets import ImageSet, folder_images, stratified_split
-from ..features.store import extraction_facts
+from ..features.extract import extraction_facts
 from ..core import printable
 from ..features.extract import extract_features
 from .linear import check_sets, classification_report, joined

@@ -19,7 +19,9 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from ..core import printable
 from ..data.sets import ImageSet
-from ..features.extract import check_features, effective_rank, nearest, singular_values
+from ..features.metrics import check_features
+from ..features.neighbors import nearest
+from ..features.spectrum import effective_rank, singular_values
 
 # %% ../../nbs/pictures/01_plots.ipynb #80c01d43
 protocol_names = dict(knn='nearest neighbors', logreg='logistic regression',

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core import get_rank
 from ..ntxent import contrastive_metrics
-from .online import variances
+from ..features.spectrum import variances
 from ..core import Late
 
 # %% ../../nbs/training/05_checks.ipynb #021ad26b

@@ -23,8 +23,9 @@ from ..data.sets import ImageSet
 from ..data.channels import read_array
 from ..evaluation.candidates import read_as
 from ..data.sources import file_at
-from ..features.store import encoder_facts
-from ..features.extract import extract_features, nearest
+from ..features.extract import encoder_facts
+from ..features.extract import extract_features
+from ..features.neighbors import nearest
 from ..features.neighbors import neighbors_of
 from ..core import markdown_table
 from ..evaluation.candidates import candidate, find_encoder
