@@ -28,7 +28,8 @@ from .learner import SimCLRLearner, simclr_learner, supervised_learner
 from .features.extract import extract_features
 from .features.neighbors import knn_evaluator
 from .features.copies import find_near_duplicates
-from .pictures.plots import html_map, plot_history, plot_map, plot_neighbors, project_2d
+from .pictures.pages import html_map
+from .pictures.plots import plot_history, plot_map, plot_neighbors, project_2d
 from .features.metrics import permutation_test
 from .evaluation.linear import compare, linear_evaluation
 from .features.logistic import logistic_regression

@@ -19,9 +19,10 @@ from ..training.history import read_history
 from ..features.copies import find_near_duplicates
 from ..core import markdown_table
 from ..features.neighbors import nearest_to_each
+from ..pictures.pages import html_map
 from ..pictures.plots import (
-    html_map, plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors,
-    plot_scores, plot_spectrum, project_2d, protocol_names, save_figure)
+    plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors, plot_scores,
+    plot_spectrum, project_2d, protocol_names, save_figure)
 from ..evaluation.protocols import EvalSuite, summarize
 from ..training.folder import evaluation_figures, read_json
 from ..evaluation.candidates import candidates

@@ -67,7 +67,8 @@ def search(s:Search):
         raise ValueError('simclr search takes an encoder and the images to look for: ENCODER IMAGE…')
     encoder, *files = s.encoder_images
     from simclr_nb.data.sets import ImageSet
-    from simclr_nb.using.vectors import gallery_page, hits_table, read_vectors, search_images, vectors_file
+    from simclr_nb.pictures.pages import gallery_page
+    from simclr_nb.using.vectors import hits_table, read_vectors, search_images, vectors_file
     missing = [f for f in files if not Path(f).is_file()]
     if missing: raise FileNotFoundError(f'there is no image {missing[0]}')
     file = Path(s.vectors or vectors_file(encoder))
@@ -93,7 +94,8 @@ def select(s:Select):
     if len(s.run_number) != 2 or not s.run_number[1].isdecimal():
         raise ValueError('simclr select takes the folder of a run and a number of images: RUN K')
     from simclr_nb.core import atomic_write
-    from simclr_nb.using.vectors import gallery_page, read_vectors, select_images, vectors_file
+    from simclr_nb.pictures.pages import gallery_page
+    from simclr_nb.using.vectors import read_vectors, select_images, vectors_file
     file = Path(s.vectors or vectors_file(s.run_number[0]))
     out = Path(s.out or file.with_name('selected.txt'))
     if out.exists() and not s.overwrite:

@@ -15,7 +15,8 @@ from ..data.sets import ImageSet
 from ..core import printable
 from ..features.neighbors import neighbors_of_each
 from ..pictures.plots import project_2d
-from .vectors import Vectors, check_vectors_file, thumbnail
+from ..pictures.pages import thumbnail
+from .vectors import Vectors, check_vectors_file
 
 # %% ../../nbs/using/03_atlas.ipynb #b55d1485
 def map_method()->str: # 'umap' or 'pca'

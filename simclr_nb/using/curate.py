@@ -22,7 +22,8 @@ from ..features.copies import copy_groups, find_copies
 from ..features.logistic import feature_scale, logistic_path, logistic_regression
 from ..features.metrics import NotFinite, check_classes, check_features
 from ..features.neighbors import neighbors_of_each
-from .vectors import Vectors, embed_images, encoder_of, gallery_page, read_vectors
+from ..pictures.pages import gallery_page
+from .vectors import Vectors, embed_images, encoder_of, read_vectors
 
 # %% ../../nbs/using/02_curate.ipynb #37af0937
 def outlier_scores(

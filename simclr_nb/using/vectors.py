@@ -4,31 +4,22 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'check_vectors_file', 'write_vectors', 'read_vectors', 'vectors_file', 'about_encoder', 'encoder_of',
-           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'picture_at',
-           'thumbnail', 'gallery_page']
+           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images']
 
 # %% ../../nbs/using/01_vectors.ipynb #8be9aa29
-import base64, html, io, json
+import io, json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, torch, torch.nn.functional as F
-from PIL import ImageOps
 from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
-from ..core import atomic_write, read_description, save_tensors, shown
-from ..data.files import BadImage, open_image
+from ..core import atomic_write, markdown_table, read_description, save_tensors, shown
 from ..data.sets import ImageSet
-from ..data.channels import read_array
-from ..evaluation.candidates import read_as
-from ..data.sources import file_at
-from ..features.extract import encoder_facts
-from ..features.extract import extract_features
-from ..features.neighbors import nearest
-from ..features.neighbors import neighbors_of
-from ..core import markdown_table
-from ..evaluation.candidates import candidate, find_encoder
+from ..features.extract import encoder_facts, extract_features
+from ..features.neighbors import nearest, neighbors_of
+from ..evaluation.candidates import candidate, find_encoder, read_as
 
 # %% ../../nbs/using/01_vectors.ipynb #6c2b516d
 class Vectors(NamedTuple):
@@ -177,58 +168,3 @@ def select_images(
     chosen = [int(some[typicality(x[some]).argmax()]) for some in members]
     spare = [i for i in typicality(x).argsort(descending=True).tolist() if i not in set(chosen)]
     return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
-
-# %% ../../nbs/using/01_vectors.ipynb #a386fed9
-def picture_at(path:str|Path):
-    "An image for people, wherever it is; one that is not RGB on its own scale."
-    file = file_at(str(path))
-    try: return open_image(file)
-    except BadImage:
-        images = ImageSet([file])
-        return images.with_channels(read_array(file).shape[2])[0]
-
-def thumbnail(path:str|Path, side:int)->str:
-    "A square picture as a `data:` address; empty where the file cannot be read."
-    try: image = ImageOps.fit(picture_at(path), (side, side))
-    except (BadImage, ValueError): return ''
-    data = io.BytesIO()
-    image.save(data, 'jpeg', quality=80)
-    return f'data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'
-
-_style = """body { font: 14px system-ui, sans-serif; margin: 1.5em; max-width: 75em }
-section { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em 0; border-top: 1px solid #ddd }
-figure { margin: 0; width: 7em } img { width: 7em; height: 7em; object-fit: cover; border-radius: 3px }
-figure.asked { margin-right: 1em } figure.asked img { outline: 3px solid #1f77b4 }
-figcaption { font-size: 11px; color: #555; overflow-wrap: anywhere } h2 { margin: 1.5em 0 .2em }
-h2 + p { margin: .2em 0 .8em; max-width: 45em; color: #333 }
-.side { display: flex; flex-wrap: wrap; gap: .8em 2.5em } .side section { border: 0; padding: 0 }"""
-
-def _heading(text):
-    first, _, rest = html.escape(text).partition('\n')
-    return f'<h2>{first}</h2>' + (f'<p>{rest}</p>' if rest else '')
-
-def gallery_page(
-    path:str|Path, # the file; its folder is made
-    # of lists of (picture's path, caption); a list of such rows is shown side by side; a text is a heading, its
-    # second line a sentence below
-    rows:list,
-    title:str,
-    side:int=112, # of the pictures, pixels
-    asked:bool=True, # mark the first picture of each row, which the others answer
-)->Path: # path
-    "A page with rows of pictures that opens offline."
-    def figure(file, caption, mark):
-        words = html.escape(shown(f'{caption} {Path(file).name}'.strip()))
-        picture = f'<img src="{thumbnail(file, side)}" alt="{words}">'
-        return f'<figure{mark}>{picture}<figcaption>{words}</figcaption></figure>'
-    marks = ' class="asked"' if asked else '', ''
-    def section(row):
-        if isinstance(row, str): return _heading(row)
-        if isinstance(row[0], list): return f'<div class="side">{"".join(map(section, row))}</div>'
-        return '<section>' + ''.join(figure(*item, marks[i > 0]) for i, item in enumerate(row)) + '</section>'
-    body = ''.join(map(section, rows))
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f'<title>{html.escape(title)}</title><style>{_style}</style>'
-    body = f'<h1>{html.escape(title)}</h1>{body}'
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
-    return atomic_write(path, page.encode())
