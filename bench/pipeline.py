@@ -23,7 +23,7 @@ from simclr_nb.data.datasets import TwoCropDataset
 from simclr_nb.data.sources import load_images
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.data.crops import decode_crops, decode_whole, open_for_crops, oriented_size
-from simclr_nb.operations import apply_cpu, apply_cv
+from simclr_nb.training.views import apply_cpu, apply_cv
 
 # (width, height), pixels: the sizes of 16 photographs of ImageNet, in about the shares they have there
 sizes = [(500, 375)]*6 + [(500, 333)]*3 + [(375, 500)]*2 + [(333, 500), (400, 300), (640, 480), (845, 563), (256, 320)]

@@ -21,7 +21,7 @@ from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
 from simclr_nb.training.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
-from simclr_nb.operations import apply_compiled, apply_cpu
+from simclr_nb.training.views import apply_compiled, apply_cpu
 from simclr_nb.projection import SimCLR, projection_head
 from torch import nn
 

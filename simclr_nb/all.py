@@ -22,7 +22,8 @@ from .data.sources import augmentations_for, load_images, train_test_splits
 from .data.files import open_image
 from .data.sets import ImageSet
 from .training.memory import checkpoint_activations, memory_per_device
-from .training.history import OnlineEval, OnlineProbe, read_history
+from .training.history import read_history
+from .training.online import OnlineEval, OnlineProbe
 from .training.resume import Checkpoints
 from .learner import SimCLRLearner, simclr_learner, supervised_learner
 from .features.extract import extract_features

@@ -37,10 +37,13 @@ from .training.loaders import adapt_encoder
 from .distributed import gather_rows, launched_processes, process_group
 from .training.memory import checkpoint_activations
 from .training.callbacks import LateLosses, MeanMetric, SmoothLoss
-from .training.history import ContrastiveMetrics, Precision, SanityChecks
+from .training.callbacks import Precision
+from .training.checks import SanityChecks
+from .training.history import ContrastiveMetrics
 from .training.checks import doctor_cbs
-from .training.loaders import (DistributedTraining, crops_to_views, fast_apply, first_views, make_dls, recipe_for,
-    show_views, train_dls, unit_range)
+from .training.callbacks import DistributedTraining
+from .training.loaders import make_dls, recipe_for, train_dls
+from .training.views import crops_to_views, fast_apply, first_views, show_views, unit_range
 
 # %% ../nbs/07_learner.ipynb #492a97fe
 class ViewsCallback(Callback):

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.training.history import FreezeEncoder, History, read_history
+from simclr_nb.training.callbacks import FreezeEncoder
+from simclr_nb.training.history import History, read_history
 from simclr_nb.features.copies import check_images
 from simclr_nb.data.sources import augmentations_for
 from simclr_nb.data.sets import ImageSet

@@ -9,7 +9,9 @@ from PIL import Image
 import pretend
 from conftest import free_port
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, RandomTransform, simclr_augmentations
-from simclr_nb.training.history import History, OnlineProbe, SanityChecks
+from simclr_nb.training.checks import SanityChecks
+from simclr_nb.training.history import History
+from simclr_nb.training.online import OnlineProbe
 from simclr_nb.core import send
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import any_rank, gather_rows, global_batch_norm, host_or

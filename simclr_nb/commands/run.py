@@ -28,7 +28,9 @@ from ..data.sources import augmentations_for, load_images, presets
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..encoder import adapt_channels
 from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
-from ..training.history import FreezeEncoder, History, OnlineEval, read_history
+from ..training.callbacks import FreezeEncoder
+from ..training.history import History, read_history
+from ..training.online import OnlineEval
 from ..training.resume import Checkpoints, saved_states
 from ..lars import schedule_plan
 from ..learner import simclr_learner

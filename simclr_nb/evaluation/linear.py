@@ -27,7 +27,8 @@ from ..features.metrics import (
     accuracy, balanced_accuracy, check_classes, check_features, check_number, metrics)
 from ..features.neighbors import choose_neighbors, knn_predict
 from ..pictures.plots import protocol_names
-from ..training.history import SanityChecks, zero_linear
+from ..training.checks import SanityChecks
+from ..training.online import zero_linear
 from ..training.loaders import train_dls
 from ..learner import LabelLoss, SimCLRLearner, StepSchedule, ViewsCallback
 

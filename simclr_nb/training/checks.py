@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['few_images', 'few_steps', 'small_batch', 'plan_advice', 'DataWait', 'z_spread', 'z_directions', 'first_step_advice',
-           'epochs_advice', 'Doctor', 'doctor_cbs']
+           'epochs_advice', 'Doctor', 'doctor_cbs', 'SanityChecks']
 
 # %% ../../nbs/training/05_checks.ipynb #e702aa83
 import math, time, warnings
@@ -13,10 +13,11 @@ import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
-from ..core import get_rank
+from ..core import Late, get_rank, listing
 from ..ntxent import contrastive_metrics
+from ..distributed import all_gather_objects
+from ..data.datasets import TwoCropDataset, check_batch
 from ..features.spectrum import variances
-from ..core import Late
 
 # %% ../../nbs/training/05_checks.ipynb #021ad26b
 few_images, few_steps, small_batch = 1000, 150, 64
@@ -208,3 +209,57 @@ def doctor_cbs(
 )->list: # of callbacks
     "The doctor, and who measures for him."
     return [DataWait(), Doctor(untrained=isinstance(arch, str) and not weights)]
+
+# %% ../../nbs/training/05_checks.ipynb #ff5d50e3
+class SanityChecks(Callback):
+    "Clear errors for data that cannot train, gradients that are not finite, files that could not be read."
+    def __init__(self,
+        late:bool|None=None, # look at a gradient one step later, without waiting for it; None: unless on a CPU
+    ): self.late = late
+    def before_fit(self):
+        dataset = self.dls.train.dataset
+        check_batch(len(dataset), self.batch_size)
+        if isinstance(dataset, TwoCropDataset): dataset[0]          # is there one that can be read?
+        self.coming, self.asked_at = Late(), None
+    def before_step(self):
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
+        scaler = getattr(self.learn, 'scaler', None)
+        if scaler and scaler.is_enabled(): return self.check_scale(scaler)
+        self.settle()
+        self.coming.put(self.grad_norm)
+        self.asked_at = f'step {self.step} (epoch {self.epoch})'
+        late = self.grad_norm.device.type != 'cpu' if self.late is None else self.late
+        if not late: self.settle('stopped before it reached the weights')
+    def settle(self, what='the weights have it by now, and no checkpoint does: go on from the last one'):
+        "Look at the last gradient norm that nobody has looked at."
+        norm = self.coming.get()
+        if norm is None or norm.isfinite(): return
+        raise FloatingPointError(f'the gradient is not finite at {self.asked_at}: {what}. '
+                                 'Try a lower learning rate, a longer warm-up, or full precision.')
+    def after_train(self): self.settle()
+
+# %% ../../nbs/training/05_checks.ipynb #10418990
+@patch
+def check_scale(self:SanityChecks, scaler):
+    "In float16 a gradient may overflow now and then, but not at every scale."
+    if scaler.get_scale() < 2**-10:
+        raise FloatingPointError('the gradient is not finite in float16, however small its scale: '
+                                 'take bf16 or full precision')
+    self.grad_norm /= scaler.get_scale()
+
+@patch
+def after_fit(self:SanityChecks):
+    unreadable = getattr(self.dls.train.dataset, 'unreadable', None)
+    if unreadable is not None:                             # each process has met some of them
+        for others in all_gather_objects(unreadable.clone()): unreadable |= others
+    files = self.unreadable_files()
+    if files and not get_rank():
+        warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read, '
+            f'and training went on without: {listing(files)}. The whole list: '
+            "learn.sanity_checks.unreadable_files(), and in a run's folder report.json, under left_out")
+
+@patch
+def unreadable_files(self:SanityChecks)->list:
+    "Files of the training set that could not be read."
+    return getattr(self.dls.train.dataset, 'unreadable_files', list)()
