@@ -70,7 +70,8 @@ def trained(s, seed, fit):
 
 def run(variant, seed):
     "One line of the file: what a variant reaches, and how long its training took."
-    from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol
+    from simclr_nb.evaluation.candidates import Candidate, pixels_encoder
+    from simclr_nb.evaluation.protocols import EvalSuite, run_protocol
     fit, held_out = parts()
     s = settings() if variant in baselines else changed(variant)
     began = time.perf_counter()

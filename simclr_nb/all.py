@@ -25,7 +25,8 @@ from .training.memory import checkpoint_activations, memory_per_device
 from .training.history import read_history
 from .training.online import OnlineEval, OnlineProbe
 from .training.resume import Checkpoints
-from .learner import SimCLRLearner, simclr_learner, supervised_learner
+from .learner import SimCLRLearner, simclr_learner
+from .evaluation.classifier import supervised_learner
 from .features.extract import extract_features
 from .features.neighbors import knn_evaluator
 from .features.copies import find_near_duplicates

@@ -204,7 +204,7 @@ def evaluate(s:Evaluate):
     if len(s.encoders_data) < 2: raise ValueError('give an encoder or several runs, and last the labeled images')
     from simclr_nb.data.sources import train_test_splits
     from simclr_nb.evaluation.candidates import read_as
-    from simclr_nb.evaluation.linear import check_labels
+    from simclr_nb.evaluation.classifier import check_labels
     from simclr_nb.evaluation.protocols import run_protocols
     from simclr_nb.evaluation.candidates import check_repetitions, evaluation_folder, find_encoder
     from simclr_nb.training.folder import read_json

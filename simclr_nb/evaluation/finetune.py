@@ -18,7 +18,7 @@ from ..lars import scale_lr
 from ..data.sets import ImageSet
 from ..features.metrics import check_number
 from ..learner import SimCLRLearner
-from simclr_nb.evaluation.linear import (
+from simclr_nb.evaluation.classifier import (
     as_options, check_rates, check_sets, classifier_learner, evaluate_classifier, fit_cosine, n_outputs,
     select_on_val)
 

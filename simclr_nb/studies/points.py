@@ -21,7 +21,8 @@ from ..ntxent import nt_xent
 from ..losses import margin_triplet, nt_logistic
 from ..data.sources import train_test_splits
 from ..data.sets import ImageSet
-from ..learner import optimizers, simclr_learner, supervised_learner
+from ..learner import optimizers, simclr_learner
+from ..evaluation.classifier import supervised_learner
 from ..features.extract import extract_features
 from ..features.metrics import accuracy
 from ..features.neighbors import knn_predict
