@@ -35,7 +35,7 @@ def embed(s:Embed):
     if len(s.encoder_data) != 2: raise ValueError('simclr embed takes an encoder and the images: ENCODER DATA')
     encoder, data = s.encoder_data
     from simclr_nb.data.sources import load_images
-    from simclr_nb.using.atlas import check_map_file, labels_of, map_method, open_command, write_map
+    from simclr_nb.using.vectors import check_map_file, labels_of, map_method, open_command, write_map
     from simclr_nb.using.vectors import check_vectors_file, embed_images, vectors_file, write_vectors
     out = (check_map_file if s.map else check_vectors_file)(s.out or vectors_file(encoder))
     if out.exists() and not s.overwrite:
@@ -140,7 +140,8 @@ def curate(s:Curate):
     check_settings(s)
     if len(s.encoder_data) != 2: raise ValueError('simclr curate takes an encoder and the images: ENCODER DATA')
     out, (encoder, data) = curate_folder(s), s.encoder_data
-    from simclr_nb.using.curate import curate_images, curation_summary, vectors_for, write_curation
+    from simclr_nb.using.curate import curate_images, curation_summary, write_curation
+    from simclr_nb.using.vectors import vectors_for
     from simclr_nb.evaluation.candidates import find_encoder
     from simclr_nb.data.sources import load_images
     from simclr_nb.evaluation.candidates import read_as
