@@ -20,7 +20,6 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random, to_device, trainable_params
-from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
@@ -112,32 +111,129 @@ class SimCLRLearner(Learner):
                 for cb in self.cbs.sorted('order'):
                     if hasattr(type(cb), 'after_failed_fit'): cb.after_failed_fit()
             raise
-
-# %% ../nbs/07_learner.ipynb #9a093577
-@patch(as_prop=True)
-def batch_size(self:SimCLRLearner)->int:
-    "Images per step, over all processes."
-    if self.sampler: return self.sampler.batch_size
-    return self.dls.train.bs*getattr(self.dls.train, 'world', 1)
-
-@patch
-def steps_in(self:SimCLRLearner, epochs:int)->int:
-    "The steps of a run of so many epochs that begins at `start`."
-    if not self.sampler: return len(self.dls.train)*epochs
-    return self.sampler.steps(self.sampler.epoch_of(self.start) + epochs) - self.start
-
-@patch
-def epochs_completed(self:SimCLRLearner)->int:
-    "The epochs of this run that are complete at `step`."
-    if not self.sampler: return self.step//len(self.dls.train)
-    return self.sampler.epoch_of(self.start + self.step) - self.sampler.epoch_of(self.start)
-
-@patch
-def lr_find(self:SimCLRLearner, *args, **kwargs):
-    "fastai's search for a learning rate; it leaves the position where it was."
-    start = self.start
-    try: return Learner.lr_find(self, *args, **kwargs)
-    finally: self.start, self.train_iter = start, 0
+    @property
+    def batch_size(self)->int:
+        "Images per step, over all processes."
+        if self.sampler: return self.sampler.batch_size
+        return self.dls.train.bs*getattr(self.dls.train, 'world', 1)
+    def steps_in(self, epochs:int)->int:
+        "The steps of a run of so many epochs that begins at `start`."
+        if not self.sampler: return len(self.dls.train)*epochs
+        return self.sampler.steps(self.sampler.epoch_of(self.start) + epochs) - self.start
+    def epochs_completed(self)->int:
+        "The epochs of this run that are complete at `step`."
+        if not self.sampler: return self.step//len(self.dls.train)
+        return self.sampler.epoch_of(self.start + self.step) - self.sampler.epoch_of(self.start)
+    def lr_find(self, *args, **kwargs):
+        "fastai's search for a learning rate; it leaves the position where it was."
+        start = self.start
+        try: return Learner.lr_find(self, *args, **kwargs)
+        finally: self.start, self.train_iter = start, 0
+    def sample_views(self, n:int=16)->Tensor: # (2n, 3, size, size)
+        "Pairs of views as the network gets them."
+        if self.sampler: return first_views(self.dls.train.dataset, n)
+        batch = self.dls.train.new(bs=min(n, self.dls.train.bs)).one_batch()
+        self.iter = 0
+        return self.views.make(batch[0])
+    def show_batch(self,
+        n:int=8, # pairs
+    ):
+        "Show pairs of views as the network gets them, one above the other; returns the figure."
+        return show_views(self.sample_views(2*n), n)
+    def pretrain(self,
+        epochs:int, # the paper's ablations have 100, its results 1000
+        batch_size:int|None=None, # images per step, over all processes; None: as in the loaders, 256 or all images
+        lr:float|None=None, # peak; None: by the rule
+        lr_scaling:str='linear', # 'linear': 0.3·B/256, 'sqrt': 0.075·√B
+        warmup_epochs:float|None=None, # None: 10, a tenth of the run if that is shorter
+        cbs=None, # further callback, or a list of them
+    ):
+        "Train with the paper's learning-rate rule, warm-up and cosine."
+        if not isinstance(epochs, Integral) or epochs < 1:
+            raise ValueError(f'pretrain takes 1 epoch or more, a whole number; got {epochs!r}')
+        if launched_processes() > 1 and get_world_size() == 1:
+            raise ValueError(f'{launched_processes()} processes were started, and this one trains alone: '
+                             'write `with learn.distrib_ctx(): learn.pretrain(…)`')
+        if lr is None and self.optimizer != 'lars':
+            raise ValueError('the rules for the learning rate are for LARS: give lr for another optimizer '
+                             '(0.001 is a start for Adam)')
+        self.set_batch_size(batch_size)
+        plan = schedule_plan(self.images_per_epoch(), self.batch_size, epochs, lr, lr_scaling, warmup_epochs)
+        steps = self.steps_in(epochs)                         # a second run may have one less than the plan
+        schedule = StepSchedule(steps, min(plan.warmup, steps), plan.lr)
+        self.fit(epochs, lr=plan.lr, cbs=[schedule, *L(cbs)])
+    def images_per_epoch(self)->int:
+        return len(self.dls.train.dataset) if self.sampler else len(self.dls.train)*self.dls.train.bs
+    def set_batch_size(self, batch_size:int|None):
+        "Images per step of the next run, over all processes; None: as the loaders were made."
+        if not self.sampler:
+            if batch_size is None: return
+            check_batch(len(self.dls.train.dataset), batch_size)
+            self.dls.train.bs = batch_size
+            return
+        if batch_size is None: batch_size = self.default_batch_size or self.sampler.batch_size
+        check_batch(self.sampler.n, batch_size)
+        epoch = self.sampler.epoch_of(self.start)
+        self.sampler.batch_size = batch_size
+        self.start = self.sampler.steps(epoch)
+    def plot_loss(self, ax=None):
+        "Training loss by step, smoothed as fastai does, beside that of uniform similarities, ln(2N − 1): the figure."
+        if ax is None: ax = plt.subplots(figsize=(5, 3), layout='constrained')[1]
+        uniform = math.log(2*self.batch_size - 1)
+        ax.plot([float(loss) for loss in self.recorder.losses], color='#1f77b4')
+        ax.axhline(uniform, color='.6', ls='--', lw=1)
+        ax.annotate('uniform, ln(2N − 1)', (1, uniform), xycoords=('axes fraction', 'data'), xytext=(0, 3),
+                    textcoords='offset points', ha='right', color='.4')
+        ax.set(xlabel='step', ylabel='NT-Xent, nats')
+        ax.spines[['top', 'right']].set_visible(False)
+        return ax.figure
+    def save_encoder(self,
+        path:str|Path, # ends in .safetensors
+        **config, # further facts to keep with it
+    )->Path: # path
+        "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
+        views = self.views
+        return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed, **config)
+    def summary(self)->list[tuple]: # (name, shape of the output, parameters) of each part
+        "The parts of encoder and head, what comes out of them for two images, and their parameters."
+        encoder, head, rows, handles = self.encoder, self.head, [], []
+        parts = {f'encoder.{name}': part for name, part in encoder.named_children()}
+        for name, part in (parts | dict(encoder=encoder, head=head)).items():
+            count = sum(p.numel() for p in part.parameters())
+            def note(module, args, out, name=name, count=count): rows.append((name, tuple(out.shape), count))
+            handles.append(part.register_forward_hook(note))
+        views = self.sample_views(2).to(next(self.model.parameters()).device)
+        try:
+            with torch.no_grad(), eval_mode(self.model): self.model(views)
+        finally:
+            for handle in handles: handle.remove()
+        for name, shape, count in rows: print(f'{name:20}{shape!s:>24}{count:14,}')
+        return rows
+    def validate(self, *args, **kwargs):
+        raise ValueError('there is nothing to validate: the loss measures the pretext task on training images. '
+                         'Evaluate learn.encoder, with simclr_nb.evaluation.linear.compare for example')
+    def export(self, *args, **kwargs):
+        raise ValueError('a pickled Learner would hold the loaders and their augmentations: '
+                         'save what was learned with learn.save_encoder(path)')
+    def freeze(self, *args, **kwargs):
+        raise ValueError('the parameter groups are those of the optimizer, not the layers of the network: to keep layers '
+                         'as they are, call requires_grad_(False) on them before the learner is made')
+    @contextmanager
+    def on_own_device(self):
+        "One GPU for each process; the loaders may have been made before it was known."
+        before = self.dls.device
+        shared = get_world_size() > 1 and torch.device(before or 'cpu').type == 'cuda'
+        if shared: self.dls.to(torch.device('cuda', torch.cuda.current_device()))
+        try: yield
+        finally:
+            if shared: self.dls.to(before)
+    @contextmanager
+    def distrib_ctx(self):
+        "Train with all processes that a launcher started; alone, nothing changes."
+        with process_group(), self.on_own_device(), self.no_bar() if get_rank() else nullcontext():
+            with self.added_cbs([DistributedTraining()] if get_world_size() > 1 else []): yield self
+    def to_bf16(self): return self.add_cb(Precision('bf16'))
+    def to_fp16(self, **kwargs): return self.add_cb(Precision('fp16', **kwargs))
 
 # %% ../nbs/07_learner.ipynb #e8f0ff9b
 optimizers = {
@@ -209,22 +305,6 @@ def simclr_learner(
     if not isinstance(data, DataLoaders): learn.default_batch_size = learn.batch_size
     return learn
 
-# %% ../nbs/07_learner.ipynb #15b1a1cf
-@patch
-def sample_views(self:SimCLRLearner, n:int=16)->Tensor: # (2n, 3, size, size)
-    "Pairs of views as the network gets them."
-    if self.sampler: return first_views(self.dls.train.dataset, n)
-    batch = self.dls.train.new(bs=min(n, self.dls.train.bs)).one_batch()
-    self.iter = 0
-    return self.views.make(batch[0])
-
-@patch
-def show_batch(self:SimCLRLearner,
-    n:int=8, # pairs
-):
-    "Show pairs of views as the network gets them, one above the other; returns the figure."
-    return show_views(self.sample_views(2*n), n)
-
 # %% ../nbs/07_learner.ipynb #5b8ace8a
 class StepSchedule(ParamScheduler):
     "The learning rate as a function of the step."
@@ -234,129 +314,3 @@ class StepSchedule(ParamScheduler):
         lr:float, # peak
     ): super().__init__({'lr': partial(learning_rate, total_steps=total, warmup_steps=warmup, base=lr)})
     def before_batch(self): self._update_val(self.step)
-
-# %% ../nbs/07_learner.ipynb #7647af27
-@patch
-def pretrain(self:SimCLRLearner,
-    epochs:int, # the paper's ablations have 100, its results 1000
-    batch_size:int|None=None, # images per step, over all processes; None: as in the loaders, 256 or all images
-    lr:float|None=None, # peak; None: by the rule
-    lr_scaling:str='linear', # 'linear': 0.3·B/256, 'sqrt': 0.075·√B
-    warmup_epochs:float|None=None, # None: 10, a tenth of the run if that is shorter
-    cbs=None, # further callback, or a list of them
-):
-    "Train with the paper's learning-rate rule, warm-up and cosine."
-    if not isinstance(epochs, Integral) or epochs < 1:
-        raise ValueError(f'pretrain takes 1 epoch or more, a whole number; got {epochs!r}')
-    if launched_processes() > 1 and get_world_size() == 1:
-        raise ValueError(f'{launched_processes()} processes were started, and this one trains alone: '
-                         'write `with learn.distrib_ctx(): learn.pretrain(…)`')
-    if lr is None and self.optimizer != 'lars':
-        raise ValueError('the rules for the learning rate are for LARS: give lr for another optimizer '
-                         '(0.001 is a start for Adam)')
-    self.set_batch_size(batch_size)
-    plan = schedule_plan(self.images_per_epoch(), self.batch_size, epochs, lr, lr_scaling, warmup_epochs)
-    steps = self.steps_in(epochs)                         # a second run may have one less than the plan
-    schedule = StepSchedule(steps, min(plan.warmup, steps), plan.lr)
-    self.fit(epochs, lr=plan.lr, cbs=[schedule, *L(cbs)])
-
-# %% ../nbs/07_learner.ipynb #78666f66
-@patch
-def images_per_epoch(self:SimCLRLearner)->int:
-    return len(self.dls.train.dataset) if self.sampler else len(self.dls.train)*self.dls.train.bs
-
-@patch
-def set_batch_size(self:SimCLRLearner, batch_size:int|None):
-    "Images per step of the next run, over all processes; None: as the loaders were made."
-    if not self.sampler:
-        if batch_size is None: return
-        check_batch(len(self.dls.train.dataset), batch_size)
-        self.dls.train.bs = batch_size
-        return
-    if batch_size is None: batch_size = self.default_batch_size or self.sampler.batch_size
-    check_batch(self.sampler.n, batch_size)
-    epoch = self.sampler.epoch_of(self.start)
-    self.sampler.batch_size = batch_size
-    self.start = self.sampler.steps(epoch)
-
-# %% ../nbs/07_learner.ipynb #7f0a86ac
-@patch
-def plot_loss(self:SimCLRLearner, ax=None):
-    "Training loss by step, smoothed as fastai does, beside that of uniform similarities, ln(2N − 1): the figure."
-    if ax is None: ax = plt.subplots(figsize=(5, 3), layout='constrained')[1]
-    uniform = math.log(2*self.batch_size - 1)
-    ax.plot([float(loss) for loss in self.recorder.losses], color='#1f77b4')
-    ax.axhline(uniform, color='.6', ls='--', lw=1)
-    ax.annotate('uniform, ln(2N − 1)', (1, uniform), xycoords=('axes fraction', 'data'), xytext=(0, 3),
-                textcoords='offset points', ha='right', color='.4')
-    ax.set(xlabel='step', ylabel='NT-Xent, nats')
-    ax.spines[['top', 'right']].set_visible(False)
-    return ax.figure
-
-# %% ../nbs/07_learner.ipynb #6ce4f7b4
-@patch
-def save_encoder(self:SimCLRLearner,
-    path:str|Path, # ends in .safetensors
-    **config, # further facts to keep with it
-)->Path: # path
-    "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
-    views = self.views
-    return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed, **config)
-
-# %% ../nbs/07_learner.ipynb #036fb90d
-@patch
-def summary(self:SimCLRLearner)->list[tuple]: # (name, shape of the output, parameters) of each part
-    "The parts of encoder and head, what comes out of them for two images, and their parameters."
-    encoder, head, rows, handles = self.encoder, self.head, [], []
-    parts = {f'encoder.{name}': part for name, part in encoder.named_children()}
-    for name, part in (parts | dict(encoder=encoder, head=head)).items():
-        count = sum(p.numel() for p in part.parameters())
-        def note(module, args, out, name=name, count=count): rows.append((name, tuple(out.shape), count))
-        handles.append(part.register_forward_hook(note))
-    views = self.sample_views(2).to(next(self.model.parameters()).device)
-    try:
-        with torch.no_grad(), eval_mode(self.model): self.model(views)
-    finally:
-        for handle in handles: handle.remove()
-    for name, shape, count in rows: print(f'{name:20}{shape!s:>24}{count:14,}')
-    return rows
-
-# %% ../nbs/07_learner.ipynb #ca07b45f
-@patch
-def validate(self:SimCLRLearner, *args, **kwargs):
-    raise ValueError('there is nothing to validate: the loss measures the pretext task on training images. '
-                     'Evaluate learn.encoder, with simclr_nb.evaluation.linear.compare for example')
-
-@patch
-def export(self:SimCLRLearner, *args, **kwargs):
-    raise ValueError('a pickled Learner would hold the loaders and their augmentations: '
-                     'save what was learned with learn.save_encoder(path)')
-
-@patch
-def freeze(self:SimCLRLearner, *args, **kwargs):
-    raise ValueError('the parameter groups are those of the optimizer, not the layers of the network: to keep layers '
-                     'as they are, call requires_grad_(False) on them before the learner is made')
-
-# %% ../nbs/07_learner.ipynb #5c72ad68
-@patch
-@contextmanager
-def on_own_device(self:SimCLRLearner):
-    "One GPU for each process; the loaders may have been made before it was known."
-    before = self.dls.device
-    shared = get_world_size() > 1 and torch.device(before or 'cpu').type == 'cuda'
-    if shared: self.dls.to(torch.device('cuda', torch.cuda.current_device()))
-    try: yield
-    finally:
-        if shared: self.dls.to(before)
-
-@patch
-@contextmanager
-def distrib_ctx(self:SimCLRLearner):
-    "Train with all processes that a launcher started; alone, nothing changes."
-    with process_group(), self.on_own_device(), self.no_bar() if get_rank() else nullcontext():
-        with self.added_cbs([DistributedTraining()] if get_world_size() > 1 else []): yield self
-
-@patch
-def to_bf16(self:SimCLRLearner): return self.add_cb(Precision('bf16'))
-@patch
-def to_fp16(self:SimCLRLearner, **kwargs): return self.add_cb(Precision('fp16', **kwargs))

@@ -9,7 +9,6 @@ __all__ = ['scale_only_bn', 'ProjectionHead', 'projection_head', 'SimCLR']
 from numbers import Integral
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import checkpointed
 
@@ -134,19 +133,19 @@ class SimCLR(nn.Module):
     def _whole(self, views):
         h = self.encoder(views)
         return h, self.head(h)
-
-# %% ../nbs/03_projection.ipynb #d3ab4483
-@patch
-def _in_pieces(self:SimCLR, views):
-    "h and z, with nothing kept between the pieces: backward runs each of them again."
-    _check_micro_batch(self.micro_batch)
-    _check_pairs(self, views)
-    n = -(-len(views)//2//self.micro_batch)
-    if n <= 1: return self._whole(views)
-    first, second = (view.tensor_split(n) for view in views.chunk(2))
-    pieces = [checkpointed(self, self._pair, a, b) for a, b in zip(first, second)]
-    h, z = zip(*pieces)
-    return _joined(h), _joined(z)
+    def _in_pieces(self, views):
+        "h and z, with nothing kept between the pieces: backward runs each of them again."
+        _check_micro_batch(self.micro_batch)
+        _check_pairs(self, views)
+        n = -(-len(views)//2//self.micro_batch)
+        if n <= 1: return self._whole(views)
+        first, second = (view.tensor_split(n) for view in views.chunk(2))
+        pieces = [checkpointed(self, self._pair, a, b) for a, b in zip(first, second)]
+        h, z = zip(*pieces)
+        return _joined(h), _joined(z)
+    def _pair(self, first, second):
+        "Both views of a few images in one pass, as batch norm would see them in the whole batch."
+        return self._whole(torch.cat([first, second]))
 
 # %% ../nbs/03_projection.ipynb #0d836055
 def _check_pairs(model, views):
@@ -156,11 +155,6 @@ def _check_pairs(model, views):
     if getattr(model, '_is_replica', False):
         raise ValueError('a micro_batch does not work under DataParallel, which parts the two views of an image: '
                          'use DistributedDataParallel, one process per device')
-
-@patch
-def _pair(self:SimCLR, first, second):
-    "Both views of a few images in one pass, as batch norm would see them in the whole batch."
-    return self._whole(torch.cat([first, second]))
 
 def _joined(pieces):
     "The rows of all pieces in the order of the whole batch."

@@ -116,6 +116,9 @@ class Depth(NamedTuple):
         cut = [x[None, :, t:b, l:r] for l, t, r, b in boxes]
         kwargs = dict(size=(size, size), mode='bicubic', antialias=True)
         return torch.cat([F.interpolate(part.contiguous(), **kwargs) for part in cut]).clamp(0, 1)
+    def picture(self, file)->Image.Image:
+        "An image as RGB, for people."
+        return as_rgb(self.read(file))
 
 def scaled(x, low, high)->torch.Tensor: # (H, W, C) numbers to (C, H, W) in [0, 1]
     "Numbers on the scale from low to high of their channel, clipped."
@@ -189,8 +192,3 @@ def as_rgb(
     "The first three channels as a picture; one channel as gray."
     x = x.expand(3, -1, -1) if len(x) == 1 else F.pad(x[:3], (0, 0, 0, 0, 0, max(0, 3 - len(x))))
     return Image.fromarray((x*255).round().byte().permute(1, 2, 0).numpy())
-
-@patch
-def picture(self:Depth, file)->Image.Image:
-    "An image as RGB, for people."
-    return as_rgb(self.read(file))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, simplejpeg, torch
-from fastcore.basics import patch
 from PIL import Image
 from ..core import pixels
 from ..augmentations import crop_resize
@@ -224,20 +223,15 @@ class PixelCache:
     def bytes(self, im):
         "What an opened image takes; 0 where its crops may be cut at reduced size."
         return 0 if draft_scale(im, [(0, 0, *im.size)], self.size) > 1 else 3*im.width*im.height
-
-# %% ../../nbs/data/02_crops.ipynb #46cc5896
-@patch
-def get(self:PixelCache, i):
-    "The pixels (h, w, 3) of image i; None where they are not kept."
-    height, width = self.sizes.numpy()[i].tolist()
-    return self.pixels[i].numpy()[:height*width*3].reshape(height, width, 3) if height else None
-
-@patch
-def read(self:PixelCache, i, im):
-    "Decode the opened image i and keep it; None, and nothing done, where it cannot be kept."
-    if not 0 < self.bytes(im) <= self.place: return None
-    x = decode_whole(im)
-    if x.nbytes <= self.place:                            # headers may lie
-        self.pixels[i].numpy()[:x.nbytes] = x.reshape(-1)
-        self.sizes.numpy()[i] = x.shape[:2]                # only now can others see it
-    return x
+    def get(self, i):
+        "The pixels (h, w, 3) of image i; None where they are not kept."
+        height, width = self.sizes.numpy()[i].tolist()
+        return self.pixels[i].numpy()[:height*width*3].reshape(height, width, 3) if height else None
+    def read(self, i, im):
+        "Decode the opened image i and keep it; None, and nothing done, where it cannot be kept."
+        if not 0 < self.bytes(im) <= self.place: return None
+        x = decode_whole(im)
+        if x.nbytes <= self.place:                            # headers may lie
+            self.pixels[i].numpy()[:x.nbytes] = x.reshape(-1)
+            self.sizes.numpy()[i] = x.shape[:2]                # only now can others see it
+        return x

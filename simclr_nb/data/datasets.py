@@ -12,7 +12,6 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np, torch
-from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ..core import get_rank, get_world_size, listing
 from ..augmentations import keyed_rng
@@ -47,62 +46,56 @@ class TwoCropDataset(Dataset):
         j, crops, params = self._first_readable(epoch, i)
         label = () if self.labels is None else (self.labels[j],)
         return crops, params, *label, j
+    def _candidates(self, epoch, i):
+        "Image i, then images drawn by its key, one of which takes its place if it cannot be read."
+        yield i % len(self)
+        rng = keyed_rng(self.seed, epoch, i % len(self), view=2**32 + 4)
+        yield from rng.integers(len(self), size=_most_tries).tolist()
+    def _first_readable(self, epoch, i):
+        "The first candidate that can be read."
+        bad, first, unreadable = set(), None, self.unreadable.numpy()
+        for j in self._candidates(epoch, i):
+            known = bool(bad) and unreadable[j]         # image i itself is read anew: it may be there again
+            try: found = None if known else self.views(epoch, j)
+            except BadImage as e: found, first = None, first or e
+            unreadable[j] = found is None
+            if found is not None: return j, *found
+            bad.add(j)
+        raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
+                       f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
+    def views(self, epoch, i):
+        "(crops, params) of image i in an epoch."
+        crops, params = self.cut((self.seed, epoch, i), i)
+        partner = self.positives and self._second_view(epoch, i)
+        if not partner: return crops, params
+        return torch.cat([crops[:1], partner[0][1:]]), np.concatenate([params[:1], partner[1][1:]])
+    def cut(self, key, i):
+        "(crops, params) of image i by a key."
+        file, size, depth = self.images.files[i], self.augment.size, self.images.depth
+        if depth:
+            x = depth.read(file)
+            boxes, params = self.augment.draw_views(key, x.shape[2], x.shape[1])
+            return depth.crops(x, boxes, size), params
+        x = self.cache and self.cache.get(i)
+        if x is None:
+            with open_for_crops(file) as im:
+                x = self.cache and self.cache.read(i, im)
+                if x is None:
+                    boxes, params = self.augment.draw_views(key, *oriented_size(im))
+                    return decode_crops(im, boxes, size), params
+        boxes, params = self.augment.draw_views(key, x.shape[1], x.shape[0])
+        with reading(file): return cut_crops(x, boxes, size), params
+    def unreadable_files(self)->list[Path]:
+        "The files that could not be read so far."
+        return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
+    def _second_view(self, epoch, i):
+        "What another image of the group gives; None if there is none that can be read."
+        for j in self.positives.partners(keyed_rng(self.seed, epoch, i, view=2**32 + 5), i):
+            try: return self.cut((self.seed, epoch, i), j)
+            except BadImage: self.unreadable[j] = True
 
 # %% ../../nbs/data/08_datasets.ipynb #e245ad94
 _most_tries = 256                                         # files; see `_candidates`
-
-@patch
-def _candidates(self:TwoCropDataset, epoch, i):
-    "Image i, then images drawn by its key, one of which takes its place if it cannot be read."
-    yield i % len(self)
-    rng = keyed_rng(self.seed, epoch, i % len(self), view=2**32 + 4)
-    yield from rng.integers(len(self), size=_most_tries).tolist()
-
-@patch
-def _first_readable(self:TwoCropDataset, epoch, i):
-    "The first candidate that can be read."
-    bad, first, unreadable = set(), None, self.unreadable.numpy()
-    for j in self._candidates(epoch, i):
-        known = bool(bad) and unreadable[j]         # image i itself is read anew: it may be there again
-        try: found = None if known else self.views(epoch, j)
-        except BadImage as e: found, first = None, first or e
-        unreadable[j] = found is None
-        if found is not None: return j, *found
-        bad.add(j)
-    raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
-                   f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
-
-# %% ../../nbs/data/08_datasets.ipynb #2ff4da38
-@patch
-def views(self:TwoCropDataset, epoch, i):
-    "(crops, params) of image i in an epoch."
-    crops, params = self.cut((self.seed, epoch, i), i)
-    partner = self.positives and self._second_view(epoch, i)
-    if not partner: return crops, params
-    return torch.cat([crops[:1], partner[0][1:]]), np.concatenate([params[:1], partner[1][1:]])
-
-@patch
-def cut(self:TwoCropDataset, key, i):
-    "(crops, params) of image i by a key."
-    file, size, depth = self.images.files[i], self.augment.size, self.images.depth
-    if depth:
-        x = depth.read(file)
-        boxes, params = self.augment.draw_views(key, x.shape[2], x.shape[1])
-        return depth.crops(x, boxes, size), params
-    x = self.cache and self.cache.get(i)
-    if x is None:
-        with open_for_crops(file) as im:
-            x = self.cache and self.cache.read(i, im)
-            if x is None:
-                boxes, params = self.augment.draw_views(key, *oriented_size(im))
-                return decode_crops(im, boxes, size), params
-    boxes, params = self.augment.draw_views(key, x.shape[1], x.shape[0])
-    with reading(file): return cut_crops(x, boxes, size), params
-
-@patch
-def unreadable_files(self:TwoCropDataset)->list[Path]:
-    "The files that could not be read so far."
-    return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
 
 # %% ../../nbs/data/08_datasets.ipynb #7758f48e
 class Positives:
@@ -118,13 +111,6 @@ class Positives:
         if end - start < 2: return
         for step in rng.integers(1, end - start, size=tries).tolist():
             yield int(self.order[start + (self.place[i] + step) % (end - start)])
-
-@patch
-def _second_view(self:TwoCropDataset, epoch, i):
-    "What another image of the group gives; None if there is none that can be read."
-    for j in self.positives.partners(keyed_rng(self.seed, epoch, i, view=2**32 + 5), i):
-        try: return self.cut((self.seed, epoch, i), j)
-        except BadImage: self.unreadable[j] = True
 
 # %% ../../nbs/data/08_datasets.ipynb #09d33816
 def default_workers(
@@ -173,23 +159,21 @@ class StepSampler(Sampler):
         first, end = self.step, self.step + len(self)
         for step in range(first, end): yield self.batch(step)
         if self.step == first: self.step = end            # nobody else keeps the position
+    def batch(self, step:int)->list[tuple]: # (epoch, i) of each image
+        "This process's part of one step."
+        rank = get_rank() if self.rank is None else self.rank
+        world_size = get_world_size() if self.world_size is None else self.world_size
+        if self.batch_size % world_size:
+            raise ValueError(f'{world_size} processes cannot share a batch of {self.batch_size} images: '
+                             f'choose a batch size among the multiples of {world_size}')
+        own = self.batch_size//world_size
+        first = step*self.batch_size + rank*own
+        places = [divmod(place, self.n) for place in range(first, first + own)]
+        return [(epoch, int(_order(self.n, self.seed, epoch)[k])) for epoch, k in places]
 
 # %% ../../nbs/data/08_datasets.ipynb #9b2f601b
 @lru_cache(maxsize=4)
 def _order(n, seed, epoch): return keyed_rng(seed, epoch, view=2**32).permutation(n)
-
-@patch
-def batch(self:StepSampler, step:int)->list[tuple]: # (epoch, i) of each image
-    "This process's part of one step."
-    rank = get_rank() if self.rank is None else self.rank
-    world_size = get_world_size() if self.world_size is None else self.world_size
-    if self.batch_size % world_size:
-        raise ValueError(f'{world_size} processes cannot share a batch of {self.batch_size} images: '
-                         f'choose a batch size among the multiples of {world_size}')
-    own = self.batch_size//world_size
-    first = step*self.batch_size + rank*own
-    places = [divmod(place, self.n) for place in range(first, first + own)]
-    return [(epoch, int(_order(self.n, self.seed, epoch)[k])) for epoch, k in places]
 
 # %% ../../nbs/data/08_datasets.ipynb #793834f9
 import multiprocessing, signal, threading

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from fastcore.basics import patch
 from ..core import listing, shown
 from .files import open_image
 
@@ -40,33 +39,26 @@ class _Walk:
             path, real = self.folders.popleft()
             if real in self.seen: self.left_out['lead to what is already there'].append(path)
             else: self.enter(path, real)
-
-# %% ../../nbs/data/03_sets.ipynb #246b5b84
-@patch
-def enter(self:_Walk, path, real):
-    "Note the files and folders of a folder; links wait until everything else is known."
-    self.seen.add(real)
-    try:
-        with os.scandir(path) as entries: entries = [e for e in entries if not e.name.startswith('.')]
-        for e in sorted(entries, key=lambda e: e.name):
-            if e.is_symlink(): self.links.append(e.path)
-            elif e.is_dir(): self.folders.append((e.path, os.path.join(real, e.name)))
-            elif is_picture(e.name, self.endings): self.add(e.path, os.path.join(real, e.name), e.is_file())
-    except OSError: self.left_out['cannot be opened'].append(path)
-
-@patch
-def follow(self:_Walk, path, real):
-    "Take up what a link leads to."
-    if os.path.isdir(real):
-        if Path(self.root).is_relative_to(real): self.left_out['lead to what is already there'].append(path)
-        else: self.folders.append((path, real))
-    elif is_picture(path, self.endings): self.add(path, real, os.path.isfile(real) or not os.path.exists(real))
-
-@patch
-def add(self:_Walk, path, real, is_file):
-    if not is_file: self.left_out['are no files'].append(path)                # opening a pipe would wait forever
-    elif real in self.files: self.left_out['lead to what is already there'].append(path)
-    else: self.files[real] = path
+    def enter(self, path, real):
+        "Note the files and folders of a folder; links wait until everything else is known."
+        self.seen.add(real)
+        try:
+            with os.scandir(path) as entries: entries = [e for e in entries if not e.name.startswith('.')]
+            for e in sorted(entries, key=lambda e: e.name):
+                if e.is_symlink(): self.links.append(e.path)
+                elif e.is_dir(): self.folders.append((e.path, os.path.join(real, e.name)))
+                elif is_picture(e.name, self.endings): self.add(e.path, os.path.join(real, e.name), e.is_file())
+        except OSError: self.left_out['cannot be opened'].append(path)
+    def follow(self, path, real):
+        "Take up what a link leads to."
+        if os.path.isdir(real):
+            if Path(self.root).is_relative_to(real): self.left_out['lead to what is already there'].append(path)
+            else: self.folders.append((path, real))
+        elif is_picture(path, self.endings): self.add(path, real, os.path.isfile(real) or not os.path.exists(real))
+    def add(self, path, real, is_file):
+        if not is_file: self.left_out['are no files'].append(path)                # opening a pipe would wait forever
+        elif real in self.files: self.left_out['lead to what is already there'].append(path)
+        else: self.files[real] = path
 
 # %% ../../nbs/data/03_sets.ipynb #8abfe9ad
 class Files(Sequence):
@@ -147,6 +139,25 @@ class ImageSet:
         new = ImageSet(files, labels, self.classes, columns, groups)
         new.depth = self.depth
         return new
+    def with_positives(self,
+        column:str, # of the table; 'folder': the folder that an image lies in
+    )->'ImageSet':
+        "The same set, where the second view of an image may come from another one of its group."
+        words = [str(f.parent) for f in self.files] if column == 'folder' else self.columns.get(column)
+        if words is None:
+            known = f'its columns are {listing(self.columns)}' if self.columns else 'it has no columns (a table has)'
+            raise ValueError(f"there is no column {column} for the positives; {known}. 'folder' takes the folders")
+        gaps = [i for i, w in enumerate(words) if w is None or str(w) in ('', 'nan', 'None')]
+        if gaps:
+            raise ValueError(f'{len(gaps)} of {len(words)} images have no {column}, the first is '
+                f'{shown(self.files[gaps[0]])}: fill the gaps, with a name of its own for an image that stands alone')
+        groups, counts = np.unique(np.asarray(words).astype(str), return_inverse=True, return_counts=True)[1:]
+        if counts.max() < 2: raise ValueError(f'no two images have the same {column}: there is nothing to pair')
+        if self.labels is not None and same_partition(groups, self.labels):
+            warnings.warn(f'the groups by {column} are the classes: this is training with labels')
+        new = self.subset(range(len(self)))
+        new.groups = groups
+        return new
 
 # %% ../../nbs/data/03_sets.ipynb #b7cb7765
 def _class_names(files:Paths, path:Path):
@@ -218,27 +229,6 @@ def folder_splits(
     return train, folder_images((labeled or test)[0], train.classes)
 
 # %% ../../nbs/data/03_sets.ipynb #1c7106c5
-@patch
-def with_positives(self:ImageSet,
-    column:str, # of the table; 'folder': the folder that an image lies in
-)->ImageSet:
-    "The same set, where the second view of an image may come from another one of its group."
-    words = [str(f.parent) for f in self.files] if column == 'folder' else self.columns.get(column)
-    if words is None:
-        known = f'its columns are {listing(self.columns)}' if self.columns else 'it has no columns (a table has)'
-        raise ValueError(f"there is no column {column} for the positives; {known}. 'folder' takes the folders")
-    gaps = [i for i, w in enumerate(words) if w is None or str(w) in ('', 'nan', 'None')]
-    if gaps:
-        raise ValueError(f'{len(gaps)} of {len(words)} images have no {column}, the first is '
-            f'{shown(self.files[gaps[0]])}: fill the gaps, with a name of its own for an image that stands alone')
-    groups, counts = np.unique(np.asarray(words).astype(str), return_inverse=True, return_counts=True)[1:]
-    if counts.max() < 2: raise ValueError(f'no two images have the same {column}: there is nothing to pair')
-    if self.labels is not None and same_partition(groups, self.labels):
-        warnings.warn(f'the groups by {column} are the classes: this is training with labels')
-    new = self.subset(range(len(self)))
-    new.groups = groups
-    return new
-
 def same_partition(a, b)->bool:
     "Do two lists of integers sort things in the same way?"
     return b.ndim == 1 and len(np.unique(np.stack([a, b]), axis=1).T) == len(np.unique(a)) == len(np.unique(b))

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np, torch
 from fastai.torch_core import default_device
-from fastcore.basics import patch
 from ..core import TooFewImages
 from ..encoder import feature_dim
 from ..data.sets import ImageSet
@@ -66,37 +65,86 @@ class EvalSuite:
         check_labels(self.train, self.test)
     @property
     def names(self): return list(dict.fromkeys(c.name for c in self.candidates))
-
-# %% ../../nbs/evaluation/05_protocols.ipynb #9d19948d
-@patch
-def extract(self:EvalSuite, train, test):
-    "Features of both sets by every encoder; files that cannot be read are left out of the sets."
-    groups, self.places, parts = {}, [], []
-    pixels_asked = 'pixels' in self.names
-    for c in self.candidates:
-        if c.name == 'supervised' or c.name == 'pca' and pixels_asked: continue
-        groups.setdefault(tuple(c.how().items()), {})[c.name, c.run] = c.encoder
-    for how, encoders in groups.items():
-        parts.append([self._embed(encoders, images, dict(how)) for images in (train, test)])
-    kept, kept_test = (_in_all([part[i][1] for part in parts]) for i in (0, 1))
-    self.features = {}
-    for (h, i), (h_test, i_test) in parts:
-        for key in h: self.features[key] = _rows(h[key], i, kept), _rows(h_test[key], i_test, kept_test)
-    if 'pca' in self.names:
-        self.features['pca', 0] = principal_components(*self.features['pixels' if pixels_asked else 'pca', 0])
-    self.unreadable_files = _unreadable(train, kept) + _unreadable(test, kept_test)
-    self.train, self.test = train.subset(kept.tolist()), test.subset(kept_test.tolist())
+    def extract(self, train, test):
+        "Features of both sets by every encoder; files that cannot be read are left out of the sets."
+        groups, self.places, parts = {}, [], []
+        pixels_asked = 'pixels' in self.names
+        for c in self.candidates:
+            if c.name == 'supervised' or c.name == 'pca' and pixels_asked: continue
+            groups.setdefault(tuple(c.how().items()), {})[c.name, c.run] = c.encoder
+        for how, encoders in groups.items():
+            parts.append([self._embed(encoders, images, dict(how)) for images in (train, test)])
+        kept, kept_test = (_in_all([part[i][1] for part in parts]) for i in (0, 1))
+        self.features = {}
+        for (h, i), (h_test, i_test) in parts:
+            for key in h: self.features[key] = _rows(h[key], i, kept), _rows(h_test[key], i_test, kept_test)
+        if 'pca' in self.names:
+            self.features['pca', 0] = principal_components(*self.features['pixels' if pixels_asked else 'pca', 0])
+        self.unreadable_files = _unreadable(train, kept) + _unreadable(test, kept_test)
+        self.train, self.test = train.subset(kept.tolist()), test.subset(kept_test.tolist())
+    def _embed(self, encoders, images, how):
+        widths = sum(feature_dim(e, how['size']) for e in encoders.values())
+        place = place_for_features(4*len(images)*widths, self.folder)
+        if 'out' in place:
+            self.places.append(place['out'])                            # deleted with the suite
+            place = dict(out=place['out'].name)
+        return extract_features(encoders, images, num_workers=self.num_workers, **how, **place)
+    def features_of(self, c, some, seed)->tuple: # of the training images `some`, and of the test images
+        "The features of a candidate."
+        if c.name != 'supervised':
+            bank, queries = self.features[c.name, c.run]
+            return bank[some], queries
+        key = tuple(some), seed
+        if key not in self.trained:
+            few, epochs = self.train.subset(some), self.finetune_epochs or (60 if self.small else 90)
+            learn = trained_with_labels(c.encoder, few, c.size, epochs, _small_batch(some), seed=seed,
+                lr=.05 if self.small else None, num_workers=self.num_workers)
+            sets = few, self.test
+            parts = [extract_features(learn.model[0], s, num_workers=self.num_workers, **c.how())[0] for s in sets]
+            self.trained[key] = tuple(parts)                             # for the next protocol
+        return self.trained[key]
+    def knn(self, c, some, seed):
+        "Nearest neighbors among the labeled images."
+        bank, queries = self.features_of(c, some, seed)
+        y = self.train.labels[some]
+        if self.k: choice = dict(k=min(self.k, len(some)), temperature=.1, chosen_on='given', at_edge=False)
+        else:
+            found = choose_neighbors(bank, y, seed=seed)
+            most = max(k for k, _ in found.tried)
+            choice = dict(k=found.k, temperature=found.temperature, chosen_on='labeled images, each by the others',
+                          at_edge=found.k == most < len(some) - 1)
+        guess = knn_predict(bank, y, queries, choice['k'], choice['temperature']).cpu().numpy()
+        scores = {m: 100*metrics[m](self.test.labels, guess) for m in ('top-1', 'balanced accuracy')}
+        return dict(predictions=guess, choice=choice) | scores
+    def logreg(self, c, some, seed):
+        "Logistic regression on frozen features, its penalty chosen on a part of the labeled images."
+        bank, queries = self.features_of(c, some, seed)
+        probe = logistic_regression(bank, self.train.labels[some], seed, balanced=True, metric=balanced_accuracy)
+        choice = dict(l2=probe.l2, each_alone=probe.each_alone, chosen_on='a fifth of the labeled images',
+                      at_edge=probe.at_edge)
+        return classification_report(probe.logits(queries).cpu(), self.test.labels) | dict(choice=choice)
+    def linear(self, c, some, seed):
+        "A linear layer trained on crops, as in appendix B.6."
+        usual = 90
+        if self.small: usual = 30 if len(some) < .5*len(self.train) else 10
+        rates = self.rates or ((.01, .03, .1, .3) if self.small else (None,))
+        return self._trained(linear_evaluation, c, some, seed, self.linear_epochs or usual, rates)
+    def finetune(self, c, some, seed):
+        "The whole network, as in appendix B.5."
+        fraction = len(some)/len(self.train)
+        usual = 60 if fraction < .05 else 30
+        if self.small and fraction >= .5: usual = 10
+        rates = self.rates or ((.005, .015, .05, .15) if self.small else (None,))
+        return self._trained(fine_tune, c, some, seed, self.finetune_epochs or usual, rates)
+    def _trained(self, train, c, some, seed, epochs, rates):
+        "One of the two trained protocols, with a rate chosen among several."
+        found = train(c.encoder, self.train.subset(some), self.test, c.size, epochs, _small_batch(some), list(rates),
+            seed=seed, num_workers=self.num_workers, crop=c.crop, transform=c.transform)
+        rate = found['chosen'][0] if isinstance(found['chosen'], tuple) else found['chosen']
+        chosen_on = 'a tenth of the labeled images' if len(rates) > 1 else 'given' if self.rates else 'the paper'
+        return found | dict(choice=dict(lr=rate, chosen_on=chosen_on, at_edge=bool(found['at_edge'])))
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #90c4fdd6
-@patch
-def _embed(self:EvalSuite, encoders, images, how):
-    widths = sum(feature_dim(e, how['size']) for e in encoders.values())
-    place = place_for_features(4*len(images)*widths, self.folder)
-    if 'out' in place:
-        self.places.append(place['out'])                            # deleted with the suite
-        place = dict(out=place['out'].name)
-    return extract_features(encoders, images, num_workers=self.num_workers, **how, **place)
-
 def _in_all(indices): return torch.from_numpy(np.array(sorted(set.intersection(*[set(i.tolist()) for i in indices]))))
 
 def _rows(h, idxs, kept): return h if len(idxs) == len(kept) else h[torch.isin(idxs, kept)]
@@ -105,75 +153,7 @@ def _unreadable(images, kept)->list:
     "The files that are not among the ones that were kept."
     return [str(images.files[i]) for i in sorted(set(range(len(images))) - set(kept.tolist()))]
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #2d42dc7d
-@patch
-def features_of(self:EvalSuite, c, some, seed)->tuple: # of the training images `some`, and of the test images
-    "The features of a candidate."
-    if c.name != 'supervised':
-        bank, queries = self.features[c.name, c.run]
-        return bank[some], queries
-    key = tuple(some), seed
-    if key not in self.trained:
-        few, epochs = self.train.subset(some), self.finetune_epochs or (60 if self.small else 90)
-        learn = trained_with_labels(c.encoder, few, c.size, epochs, _small_batch(some), seed=seed,
-            lr=.05 if self.small else None, num_workers=self.num_workers)
-        sets = few, self.test
-        parts = [extract_features(learn.model[0], s, num_workers=self.num_workers, **c.how())[0] for s in sets]
-        self.trained[key] = tuple(parts)                             # for the next protocol
-    return self.trained[key]
-
-# %% ../../nbs/evaluation/05_protocols.ipynb #e7dd90a8
-@patch
-def knn(self:EvalSuite, c, some, seed):
-    "Nearest neighbors among the labeled images."
-    bank, queries = self.features_of(c, some, seed)
-    y = self.train.labels[some]
-    if self.k: choice = dict(k=min(self.k, len(some)), temperature=.1, chosen_on='given', at_edge=False)
-    else:
-        found = choose_neighbors(bank, y, seed=seed)
-        most = max(k for k, _ in found.tried)
-        choice = dict(k=found.k, temperature=found.temperature, chosen_on='labeled images, each by the others',
-                      at_edge=found.k == most < len(some) - 1)
-    guess = knn_predict(bank, y, queries, choice['k'], choice['temperature']).cpu().numpy()
-    scores = {m: 100*metrics[m](self.test.labels, guess) for m in ('top-1', 'balanced accuracy')}
-    return dict(predictions=guess, choice=choice) | scores
-
-@patch
-def logreg(self:EvalSuite, c, some, seed):
-    "Logistic regression on frozen features, its penalty chosen on a part of the labeled images."
-    bank, queries = self.features_of(c, some, seed)
-    probe = logistic_regression(bank, self.train.labels[some], seed, balanced=True, metric=balanced_accuracy)
-    choice = dict(l2=probe.l2, each_alone=probe.each_alone, chosen_on='a fifth of the labeled images',
-                  at_edge=probe.at_edge)
-    return classification_report(probe.logits(queries).cpu(), self.test.labels) | dict(choice=choice)
-
 # %% ../../nbs/evaluation/05_protocols.ipynb #667185c5
-@patch
-def linear(self:EvalSuite, c, some, seed):
-    "A linear layer trained on crops, as in appendix B.6."
-    usual = 90
-    if self.small: usual = 30 if len(some) < .5*len(self.train) else 10
-    rates = self.rates or ((.01, .03, .1, .3) if self.small else (None,))
-    return self._trained(linear_evaluation, c, some, seed, self.linear_epochs or usual, rates)
-
-@patch
-def finetune(self:EvalSuite, c, some, seed):
-    "The whole network, as in appendix B.5."
-    fraction = len(some)/len(self.train)
-    usual = 60 if fraction < .05 else 30
-    if self.small and fraction >= .5: usual = 10
-    rates = self.rates or ((.005, .015, .05, .15) if self.small else (None,))
-    return self._trained(fine_tune, c, some, seed, self.finetune_epochs or usual, rates)
-
-@patch
-def _trained(self:EvalSuite, train, c, some, seed, epochs, rates):
-    "One of the two trained protocols, with a rate chosen among several."
-    found = train(c.encoder, self.train.subset(some), self.test, c.size, epochs, _small_batch(some), list(rates),
-        seed=seed, num_workers=self.num_workers, crop=c.crop, transform=c.transform)
-    rate = found['chosen'][0] if isinstance(found['chosen'], tuple) else found['chosen']
-    chosen_on = 'a tenth of the labeled images' if len(rates) > 1 else 'given' if self.rates else 'the paper'
-    return found | dict(choice=dict(lr=rate, chosen_on=chosen_on, at_edge=bool(found['at_edge'])))
-
 def _small_batch(some)->int:
     "A batch size for which an epoch has eight steps or more, where there are enough images."
     return min(256, max(16, len(some)//8))

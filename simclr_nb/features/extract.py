@@ -13,7 +13,6 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np, torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from ..core import digest, eval_mode, printable, write_json
@@ -222,56 +221,44 @@ class FeatureStore:
     def _damaged(self, name):
         return ValueError(f'{self.folder/name} is damaged or cut short: '
                           f'remove the folder {self.folder}, and the features are computed again')
-
-# %% ../../nbs/features/01_extract.ipynb #063c81e1
-@patch
-def arrays(self:FeatureStore, n, d):
-    "Features and indices of n images, on the disk; there already, or new."
-    if self.state['next']: return self._old(n)
-    return self._reserve('features', np.float32, (n, d)), self._reserve('indices', np.int64, (n,))
-
-@patch
-def _old(self:FeatureStore, n):
-    arrays = []
-    for name in ('features', 'indices'):
-        try:
-            np.lib.format.open_memmap(self.folder/f'{name}.npy', 'r')     # 'r+' fills up what is missing with zeros
-            arrays.append(np.lib.format.open_memmap(self.folder/f'{name}.npy', 'r+'))
-        except (ValueError, OSError) as e: raise self._damaged(f'{name}.npy') from e
-        if len(arrays[-1]) != n: raise self._damaged(f'{name}.npy')
-    return arrays
-
-@patch
-def _reserve(self:FeatureStore, name, dtype, shape):
-    "A new array, with its room on the disk taken."
-    file, room = self.folder/f'{name}.npy', math.prod(shape)*np.dtype(dtype).itemsize
-    try:                                               # a full disk is an error here; later it would kill the process
-        array = np.lib.format.open_memmap(file, 'w+', dtype, shape)
-        with open(file, 'r+b') as f:
-            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
-        return array
-    except OSError as e:
-        file.unlink(missing_ok=True)
-        raise OSError(e.errno, f'no room for {room/1e9:.2g} GB of features ({e.strerror})', str(file)) from e
-
-# %% ../../nbs/features/01_extract.ipynb #3bf39a28
-@patch
-def fill(self:FeatureStore, images, batches):
-    "Go on where it stopped; then features and indices, read from the files as needed."
-    n, start = len(images), self.state['next']
-    arrays = self._old(n) if start else None
-    for h, i in batches(images.subset(range(start, n))) if start < n else ():
-        if arrays is None: arrays = self.arrays(n, h.shape[1])
-        self.append(arrays, h, start + i)
-    if arrays is None: raise ValueError(f'none of the {n} images could be read')
-    return tuple(torch.from_numpy(a[:self.state['rows']]) for a in arrays)
-
-@patch
-def append(self:FeatureStore, arrays, h, i):
-    "Write a batch, then count it."
-    a, b = self.state['rows'], self.state['rows'] + len(h)
-    for array, new in zip(arrays, (h, i)):
-        array[a:b] = new.numpy()
-        array.flush()
-    self.state |= dict(rows=b, next=int(i[-1]) + 1)
-    write_json(self.progress, self.state)
+    def arrays(self, n, d):
+        "Features and indices of n images, on the disk; there already, or new."
+        if self.state['next']: return self._old(n)
+        return self._reserve('features', np.float32, (n, d)), self._reserve('indices', np.int64, (n,))
+    def _old(self, n):
+        arrays = []
+        for name in ('features', 'indices'):
+            try:
+                np.lib.format.open_memmap(self.folder/f'{name}.npy', 'r')     # 'r+' fills up what is missing with zeros
+                arrays.append(np.lib.format.open_memmap(self.folder/f'{name}.npy', 'r+'))
+            except (ValueError, OSError) as e: raise self._damaged(f'{name}.npy') from e
+            if len(arrays[-1]) != n: raise self._damaged(f'{name}.npy')
+        return arrays
+    def _reserve(self, name, dtype, shape):
+        "A new array, with its room on the disk taken."
+        file, room = self.folder/f'{name}.npy', math.prod(shape)*np.dtype(dtype).itemsize
+        try:                                               # a full disk is an error here; later it would kill the process
+            array = np.lib.format.open_memmap(file, 'w+', dtype, shape)
+            with open(file, 'r+b') as f:
+                if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
+            return array
+        except OSError as e:
+            file.unlink(missing_ok=True)
+            raise OSError(e.errno, f'no room for {room/1e9:.2g} GB of features ({e.strerror})', str(file)) from e
+    def fill(self, images, batches):
+        "Go on where it stopped; then features and indices, read from the files as needed."
+        n, start = len(images), self.state['next']
+        arrays = self._old(n) if start else None
+        for h, i in batches(images.subset(range(start, n))) if start < n else ():
+            if arrays is None: arrays = self.arrays(n, h.shape[1])
+            self.append(arrays, h, start + i)
+        if arrays is None: raise ValueError(f'none of the {n} images could be read')
+        return tuple(torch.from_numpy(a[:self.state['rows']]) for a in arrays)
+    def append(self, arrays, h, i):
+        "Write a batch, then count it."
+        a, b = self.state['rows'], self.state['rows'] + len(h)
+        for array, new in zip(arrays, (h, i)):
+            array[a:b] = new.numpy()
+            array.flush()
+        self.state |= dict(rows=b, next=int(i[-1]) + 1)
+        write_json(self.progress, self.state)

@@ -11,7 +11,6 @@ import math, time, warnings
 
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastcore.basics import patch
 from torch import Tensor
 from ..core import Late, get_rank, listing
 from ..ntxent import contrastive_metrics
@@ -148,62 +147,47 @@ class Doctor(Callback):
         return sums | dict(said=self.said, entries=self.entries, n_steps=self.n_steps,
                            n_measured=self.n_measured)
     def load_state_dict(self, state): vars(self).update(state)
-
-# %% ../../nbs/training/06_checks.ipynb #a1b101dd
-@patch
-def before_train(self:Doctor):
-    if self.step == 0: self.say(self.plan)              # a run that is taken up again has been told
-
-@patch
-def after_batch(self:Doctor):
-    self.n_steps, self.loss_sum = self.n_steps + 1, self.loss_sum + self.loss.detach()
-    if self.step > 1: self.look_at_first()
-    elif self.start == 0: self.first.put(self.first_numbers())
-    self.data_wait.end_of_step()
-    self.look_at_waiting()
-
-@patch
-def first_numbers(self:Doctor):
-    z, temperature = self.pred[1].detach(), self.contrastive_metrics.temperature
-    return torch.stack([self.loss.detach().float(), z_spread(z), contrastive_metrics(z, temperature)[0].float()])
-
-@patch
-def look_at_first(self:Doctor):
-    numbers = self.first.get()
-    if numbers is None: return
-    temperature = getattr(self.loss_func, 'temperature', None)
-    self.say(first_step_advice(*numbers.tolist(), self.batch_size, temperature, self.untrained))
-
-@patch
-def look_at_waiting(self:Doctor):
-    wait = self.data_wait
-    if wait.total < self.patience or wait.share <= self.most_waiting: return
-    workers = getattr(self.dls.train, 'num_workers', 0)
-    self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
-        f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; now {workers}), '
-        'or keep decoded images in memory (cache, --cache)'})
+    def before_train(self):
+        if self.step == 0: self.say(self.plan)              # a run that is taken up again has been told
+    def after_batch(self):
+        self.n_steps, self.loss_sum = self.n_steps + 1, self.loss_sum + self.loss.detach()
+        if self.step > 1: self.look_at_first()
+        elif self.start == 0: self.first.put(self.first_numbers())
+        self.data_wait.end_of_step()
+        self.look_at_waiting()
+    def first_numbers(self):
+        z, temperature = self.pred[1].detach(), self.contrastive_metrics.temperature
+        return torch.stack([self.loss.detach().float(), z_spread(z), contrastive_metrics(z, temperature)[0].float()])
+    def look_at_first(self):
+        numbers = self.first.get()
+        if numbers is None: return
+        temperature = getattr(self.loss_func, 'temperature', None)
+        self.say(first_step_advice(*numbers.tolist(), self.batch_size, temperature, self.untrained))
+    def look_at_waiting(self):
+        wait = self.data_wait
+        if wait.total < self.patience or wait.share <= self.most_waiting: return
+        workers = getattr(self.dls.train, 'num_workers', 0)
+        self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
+            f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; now {workers}), '
+            'or keep decoded images in memory (cache, --cache)'})
+    def after_epoch(self):
+        self.look_at_first()
+        metrics, frozen = self.contrastive_metrics, getattr(self.learn, 'freeze_encoder', None)
+        self.accuracy_sum, self.n_measured = self.accuracy_sum + metrics.sums[0], self.n_measured + metrics.count
+        if frozen and self.epochs_completed() <= frozen.epochs: return self.begin_entry()
+        if self.n_steps < 20 or not self.n_measured: return
+        loss, accuracy = float(self.loss_sum/self.n_steps), float(self.accuracy_sum/self.n_measured)
+        z = metrics.z
+        wide = min(z.shape) >= 16                           # else few directions are no symptom
+        self.entries.append((self.step, loss, accuracy, z_directions(z) if wide else math.inf))
+        self.begin_entry()
+        self.say(epochs_advice(self.entries, self.batch_size, self.warmup(), self.settled))
+    def warmup(self)->int:
+        "Steps of the warm-up, where the run has a schedule."
+        schedule = getattr(self.learn, 'step_schedule', None)
+        return schedule.scheds['lr'].keywords['warmup_steps'] if schedule else 0
 
 # %% ../../nbs/training/06_checks.ipynb #171bebaa
-@patch
-def after_epoch(self:Doctor):
-    self.look_at_first()
-    metrics, frozen = self.contrastive_metrics, getattr(self.learn, 'freeze_encoder', None)
-    self.accuracy_sum, self.n_measured = self.accuracy_sum + metrics.sums[0], self.n_measured + metrics.count
-    if frozen and self.epochs_completed() <= frozen.epochs: return self.begin_entry()
-    if self.n_steps < 20 or not self.n_measured: return
-    loss, accuracy = float(self.loss_sum/self.n_steps), float(self.accuracy_sum/self.n_measured)
-    z = metrics.z
-    wide = min(z.shape) >= 16                           # else few directions are no symptom
-    self.entries.append((self.step, loss, accuracy, z_directions(z) if wide else math.inf))
-    self.begin_entry()
-    self.say(epochs_advice(self.entries, self.batch_size, self.warmup(), self.settled))
-
-@patch
-def warmup(self:Doctor)->int:
-    "Steps of the warm-up, where the run has a schedule."
-    schedule = getattr(self.learn, 'step_schedule', None)
-    return schedule.scheds['lr'].keywords['warmup_steps'] if schedule else 0
-
 def doctor_cbs(
     arch, weights, # as in `simclr_learner`
 )->list: # of callbacks
@@ -238,28 +222,21 @@ class SanityChecks(Callback):
         raise FloatingPointError(f'the gradient is not finite at {self.asked_at}: {what}. '
                                  'Try a lower learning rate, a longer warm-up, or full precision.')
     def after_train(self): self.settle()
-
-# %% ../../nbs/training/06_checks.ipynb #10418990
-@patch
-def check_scale(self:SanityChecks, scaler):
-    "In float16 a gradient may overflow now and then, but not at every scale."
-    if scaler.get_scale() < 2**-10:
-        raise FloatingPointError('the gradient is not finite in float16, however small its scale: '
-                                 'take bf16 or full precision')
-    self.grad_norm /= scaler.get_scale()
-
-@patch
-def after_fit(self:SanityChecks):
-    unreadable = getattr(self.dls.train.dataset, 'unreadable', None)
-    if unreadable is not None:                             # each process has met some of them
-        for others in all_gather_objects(unreadable.clone()): unreadable |= others
-    files = self.unreadable_files()
-    if files and not get_rank():
-        warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read, '
-            f'and training went on without: {listing(files)}. The whole list: '
-            "learn.sanity_checks.unreadable_files(), and in a run's folder report.json, under left_out")
-
-@patch
-def unreadable_files(self:SanityChecks)->list:
-    "Files of the training set that could not be read."
-    return getattr(self.dls.train.dataset, 'unreadable_files', list)()
+    def check_scale(self, scaler):
+        "In float16 a gradient may overflow now and then, but not at every scale."
+        if scaler.get_scale() < 2**-10:
+            raise FloatingPointError('the gradient is not finite in float16, however small its scale: '
+                                     'take bf16 or full precision')
+        self.grad_norm /= scaler.get_scale()
+    def after_fit(self):
+        unreadable = getattr(self.dls.train.dataset, 'unreadable', None)
+        if unreadable is not None:                             # each process has met some of them
+            for others in all_gather_objects(unreadable.clone()): unreadable |= others
+        files = self.unreadable_files()
+        if files and not get_rank():
+            warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read, '
+                f'and training went on without: {listing(files)}. The whole list: '
+                "learn.sanity_checks.unreadable_files(), and in a run's folder report.json, under left_out")
+    def unreadable_files(self)->list:
+        "Files of the training set that could not be read."
+        return getattr(self.dls.train.dataset, 'unreadable_files', list)()

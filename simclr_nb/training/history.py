@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.metrics import ValueMetric
-from fastcore.basics import patch
 from ..core import atomic_write, get_rank
 from ..ntxent import alignment, contrastive_metrics, uniformity
 from ..distributed import gather_detached, gather_rows, mean_over_ranks
@@ -43,28 +42,21 @@ class ContrastiveMetrics(Callback):
     def is_logged(self, steps):
         "Is there a measurement once so many steps are done?"
         return steps % self.every == 0 or self.iter + 1 == self.n_iter
-
-# %% ../../nbs/training/04_history.ipynb #a6000e27
-@patch
-def mean(self:ContrastiveMetrics, i):
-    "The mean of one metric over the logged steps of the epoch, and over all processes."
-    return float(mean_over_ranks(self.sums/max(1, self.count))[i])
-
-@patch
-def geometry(self:ContrastiveMetrics)->torch.Tensor: # alignment, uniformity
-    "The two forces of the loss, on the rows of all processes."
-    z = gather_detached(self.z)
-    align = alignment(z)
-    return torch.stack([align, uniformity(z) if len(z) > 2 else torch.full_like(align, math.nan)])
-
-@patch
-def after_batch(self:ContrastiveMetrics):
-    "Images per second and the time left, in the progress bar."
-    bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
-    if bar is None or self.step == self.first: return
-    seconds = (time.perf_counter() - self.began)/(self.step - self.first)
-    left = timedelta(seconds=round((self.total - self.step)*seconds))
-    bar.comment += f', {self.batch_size/seconds:.0f} images/s, {left} left'
+    def mean(self, i):
+        "The mean of one metric over the logged steps of the epoch, and over all processes."
+        return float(mean_over_ranks(self.sums/max(1, self.count))[i])
+    def geometry(self)->torch.Tensor: # alignment, uniformity
+        "The two forces of the loss, on the rows of all processes."
+        z = gather_detached(self.z)
+        align = alignment(z)
+        return torch.stack([align, uniformity(z) if len(z) > 2 else torch.full_like(align, math.nan)])
+    def after_batch(self):
+        "Images per second and the time left, in the progress bar."
+        bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if bar is None or self.step == self.first: return
+        seconds = (time.perf_counter() - self.began)/(self.step - self.first)
+        left = timedelta(seconds=round((self.total - self.step)*seconds))
+        bar.comment += f', {self.batch_size/seconds:.0f} images/s, {left} left'
 
 # %% ../../nbs/training/04_history.ipynb #e98d64af
 class History(Callback):
@@ -86,6 +78,40 @@ class History(Callback):
         self.begun = True
     def state_dict(self): return dict(sums=self.sums.cpu(), count=self.count)
     def load_state_dict(self, state): self.sums, self.count = state['sums'].to(self.dls.device), state['count']
+    def begin(self):
+        "A file with the lines up to the position of the run."
+        lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() and self.step else []
+        rows = widened(lines, self.columns)
+        steps = [(_numbers(row, len(self.columns)) or [math.inf])[0] for row in rows]     # a damaged one goes
+        kept = [row for row, step in zip(rows, steps) if step <= self.step]
+        atomic_write(self.path, ('\n'.join([','.join(self.columns), *kept]) + '\n').encode())
+    def after_batch(self):
+        self.sums += torch.stack([self.loss.detach().float(), self.sanity_checks.grad_norm.float()])
+        self.count, self.timed = self.count + 1, self.timed + 1
+        if self.contrastive_metrics.is_logged(self.step): self.write_means()
+    def after_epoch(self):
+        "A line of what was evaluated at the end of this epoch."
+        watchers = dict(knn=getattr(self.learn, 'online_eval', None), probe=getattr(self.learn, 'online_probe', None))
+        found = {name: w.accuracies.get(self.epochs_completed()) for name, w in watchers.items() if w}
+        if measures := getattr(self.learn, 'online_measures', None):
+            found |= measures.values.get(self.epochs_completed(), {})
+        if any(v is not None for v in found.values()): self.write(**found)
+    def write_means(self):
+        "A line with the means since the last one."
+        means = torch.cat([self.sums/self.count, self.contrastive_metrics.latest.to(self.sums)])
+        numbers = torch.cat([mean_over_ranks(means), self.contrastive_metrics.geometry().to(means)])
+        loss, norm, accuracy, entropy, align, uniform = numbers.tolist()        # all that is asked of the device
+        now, images = time.perf_counter(), self.timed*self.batch_size
+        self.write(loss=loss, contrastive_accuracy=accuracy, contrastive_entropy=entropy, alignment=align,
+            uniformity=uniform, lr=self.opt.hypers[-1]['lr'], grad_norm=norm, images_per_second=images/(now - self.since))
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        self.since, self.timed = now, 0
+    def write(self, **values):
+        "A line; what has no value stays empty."
+        if get_rank(): return
+        values |= dict(step=self.step, epoch=f'{self.step*self.epochs/self.total:.4f}')
+        cells = [_cell(values.get(name)) for name in self.columns]
+        with open(self.path, 'a') as f: f.write(','.join(cells) + '\n')
 
 # %% ../../nbs/training/04_history.ipynb #22238130
 def widened(lines, columns):
@@ -95,51 +121,7 @@ def widened(lines, columns):
     if names != columns[:len(names)]: return lines[1:]             # a damaged header, say
     return [row + ','*(len(columns) - len(names)) for row in lines[1:]]
 
-@patch
-def begin(self:History):
-    "A file with the lines up to the position of the run."
-    lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() and self.step else []
-    rows = widened(lines, self.columns)
-    steps = [(_numbers(row, len(self.columns)) or [math.inf])[0] for row in rows]     # a damaged one goes
-    kept = [row for row, step in zip(rows, steps) if step <= self.step]
-    atomic_write(self.path, ('\n'.join([','.join(self.columns), *kept]) + '\n').encode())
-
-@patch
-def after_batch(self:History):
-    self.sums += torch.stack([self.loss.detach().float(), self.sanity_checks.grad_norm.float()])
-    self.count, self.timed = self.count + 1, self.timed + 1
-    if self.contrastive_metrics.is_logged(self.step): self.write_means()
-
-@patch
-def after_epoch(self:History):
-    "A line of what was evaluated at the end of this epoch."
-    watchers = dict(knn=getattr(self.learn, 'online_eval', None), probe=getattr(self.learn, 'online_probe', None))
-    found = {name: w.accuracies.get(self.epochs_completed()) for name, w in watchers.items() if w}
-    if measures := getattr(self.learn, 'online_measures', None):
-        found |= measures.values.get(self.epochs_completed(), {})
-    if any(v is not None for v in found.values()): self.write(**found)
-
 # %% ../../nbs/training/04_history.ipynb #1d6d3358
-@patch
-def write_means(self:History):
-    "A line with the means since the last one."
-    means = torch.cat([self.sums/self.count, self.contrastive_metrics.latest.to(self.sums)])
-    numbers = torch.cat([mean_over_ranks(means), self.contrastive_metrics.geometry().to(means)])
-    loss, norm, accuracy, entropy, align, uniform = numbers.tolist()        # all that is asked of the device
-    now, images = time.perf_counter(), self.timed*self.batch_size
-    self.write(loss=loss, contrastive_accuracy=accuracy, contrastive_entropy=entropy, alignment=align,
-        uniformity=uniform, lr=self.opt.hypers[-1]['lr'], grad_norm=norm, images_per_second=images/(now - self.since))
-    self.sums, self.count = torch.zeros_like(self.sums), 0
-    self.since, self.timed = now, 0
-
-@patch
-def write(self:History, **values):
-    "A line; what has no value stays empty."
-    if get_rank(): return
-    values |= dict(step=self.step, epoch=f'{self.step*self.epochs/self.total:.4f}')
-    cells = [_cell(values.get(name)) for name in self.columns]
-    with open(self.path, 'a') as f: f.write(','.join(cells) + '\n')
-
 def _cell(value):
     if value is None or value != value: return ''
     return f'{value:.6g}' if isinstance(value, float) else str(value)

@@ -9,7 +9,6 @@ __all__ = ['view_features', 'OnlineMeasures', 'zero_linear', 'OnlineProbe', 'Onl
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import no_random
-from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import eval_mode, get_rank, get_world_size, unwrap
 from ..augmentations import keyed_rng
@@ -110,67 +109,52 @@ class OnlineProbe(Callback):
         self.held_out = torch.as_tensor(held_out, device=self.y.device)
         self.classes = int(self.y.max()) + 1
         self.right, self.total = torch.zeros(2, self.classes, device=self.y.device)
-
-# %% ../../nbs/training/05_online.ipynb #2cf73751
-@patch
-def find_labels(self:OnlineProbe)->torch.Tensor:
-    "One label for each training image."
-    dataset = self.dls.train.dataset
-    if not isinstance(dataset, TwoCropDataset):
-        raise ValueError('OnlineProbe needs loaders that say which images a batch holds: '
-                         'give simclr_learner images, not DataLoaders')
-    labels = dataset.images.labels if self.labels is None else np.asarray(self.labels)
-    if labels is None or labels.shape != (len(dataset),):
-        got = 'none' if labels is None else len(labels)
-        raise ValueError(f'OnlineProbe needs one label for each training image (-1: not known): '
-                         f'got {got} labels for {len(dataset)} images')
-    return torch.as_tensor(labels).long()
-
-@patch
-def make_layer(self:OnlineProbe, dim):
-    self.layer = zero_linear(dim, self.classes).to(self.y.device)
-    lr = scale_lr(self.batch_size//get_world_size(), 'linear', .1) if self.lr is None else self.lr
-    self.sgd = torch.optim.SGD(self.layer.parameters(), lr=lr, momentum=.9, nesterov=True)
-
-# %% ../../nbs/training/05_online.ipynb #8840a079
-@patch
-def after_batch(self:OnlineProbe):
-    "Test the layer on held-out images of the batch, then train it on the others."
-    if not self.training: return
-    h, rows = self.pred[0].detach().float(), self.yb[-1].to(self.y.device).repeat(2)
-    if self.layer is None: self.make_layer(h.shape[1])
-    y, known, held_out = self.y[rows].clamp(min=0), self.y[rows] >= 0, self.held_out[rows]
-    logits = self.layer(h)
-    self.total.index_add_(0, y, (known & held_out).float())
-    self.right.index_add_(0, y, (known & held_out & (logits.argmax(1) == y)).float())
-    used = (known & ~held_out).float()
-    loss = (F.cross_entropy(logits, y, reduction='none')*used).sum()/used.sum().clamp(min=1)
-    self.sgd.zero_grad()
-    loss.backward()
-    self.sgd.step()
-
-@patch
-def after_epoch(self:OnlineProbe):
-    some = self.total > 0
-    if some.any():
-        self.accuracy = 100*float((self.right[some]/self.total[some]).mean())
-        self.accuracies[self.epochs_completed()] = self.accuracy
-    self.right, self.total = torch.zeros_like(self.right), torch.zeros_like(self.total)
-
-# %% ../../nbs/training/05_online.ipynb #39440cec
-@patch
-def state_dict(self:OnlineProbe):
-    "What a run that goes on needs."
-    state = dict(right=self.right.cpu(), total=self.total.cpu())
-    return state | (dict(layer=self.layer.state_dict(), sgd=self.sgd.state_dict()) if self.layer else {})
-
-@patch
-def load_state_dict(self:OnlineProbe, state):
-    self.right, self.total = state['right'].to(self.y.device), state['total'].to(self.y.device)
-    if 'layer' not in state: return
-    self.make_layer(state['layer']['weight'].shape[1])
-    self.layer.load_state_dict(state['layer'])
-    self.sgd.load_state_dict(state['sgd'])
+    def find_labels(self)->torch.Tensor:
+        "One label for each training image."
+        dataset = self.dls.train.dataset
+        if not isinstance(dataset, TwoCropDataset):
+            raise ValueError('OnlineProbe needs loaders that say which images a batch holds: '
+                             'give simclr_learner images, not DataLoaders')
+        labels = dataset.images.labels if self.labels is None else np.asarray(self.labels)
+        if labels is None or labels.shape != (len(dataset),):
+            got = 'none' if labels is None else len(labels)
+            raise ValueError(f'OnlineProbe needs one label for each training image (-1: not known): '
+                             f'got {got} labels for {len(dataset)} images')
+        return torch.as_tensor(labels).long()
+    def make_layer(self, dim):
+        self.layer = zero_linear(dim, self.classes).to(self.y.device)
+        lr = scale_lr(self.batch_size//get_world_size(), 'linear', .1) if self.lr is None else self.lr
+        self.sgd = torch.optim.SGD(self.layer.parameters(), lr=lr, momentum=.9, nesterov=True)
+    def after_batch(self):
+        "Test the layer on held-out images of the batch, then train it on the others."
+        if not self.training: return
+        h, rows = self.pred[0].detach().float(), self.yb[-1].to(self.y.device).repeat(2)
+        if self.layer is None: self.make_layer(h.shape[1])
+        y, known, held_out = self.y[rows].clamp(min=0), self.y[rows] >= 0, self.held_out[rows]
+        logits = self.layer(h)
+        self.total.index_add_(0, y, (known & held_out).float())
+        self.right.index_add_(0, y, (known & held_out & (logits.argmax(1) == y)).float())
+        used = (known & ~held_out).float()
+        loss = (F.cross_entropy(logits, y, reduction='none')*used).sum()/used.sum().clamp(min=1)
+        self.sgd.zero_grad()
+        loss.backward()
+        self.sgd.step()
+    def after_epoch(self):
+        some = self.total > 0
+        if some.any():
+            self.accuracy = 100*float((self.right[some]/self.total[some]).mean())
+            self.accuracies[self.epochs_completed()] = self.accuracy
+        self.right, self.total = torch.zeros_like(self.right), torch.zeros_like(self.total)
+    def state_dict(self):
+        "What a run that goes on needs."
+        state = dict(right=self.right.cpu(), total=self.total.cpu())
+        return state | (dict(layer=self.layer.state_dict(), sgd=self.sgd.state_dict()) if self.layer else {})
+    def load_state_dict(self, state):
+        self.right, self.total = state['right'].to(self.y.device), state['total'].to(self.y.device)
+        if 'layer' not in state: return
+        self.make_layer(state['layer']['weight'].shape[1])
+        self.layer.load_state_dict(state['layer'])
+        self.sgd.load_state_dict(state['sgd'])
 
 # %% ../../nbs/training/05_online.ipynb #0d4ed166
 class OnlineEval(Callback):

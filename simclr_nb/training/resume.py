@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
-from fastcore.basics import patch
 from .. import __version__
 from ..core import BadCheckpoint, atomic_write, get_rank, name_bytes, shown, unwrap
 from ..distributed import all_gather_objects, any_rank
@@ -90,30 +89,101 @@ class Checkpoints(Callback):
     def release(self):
         "The signals mean again what they meant before; the learner calls this after an error, too."
         while self.handlers_before: signal.signal(*self.handlers_before.popitem())
-
-# %% ../../nbs/training/07_resume.ipynb #f079fd16
-@patch
-def fingerprint(self:Checkpoints)->dict:
-    "What must be the same when a run goes on."
-    dataset, schedule = self.dls.train.dataset, getattr(self.learn, 'step_schedule', None)
-    names = b'\n'.join(name_bytes(f.name) for f in dataset.images.files)
-    facts = dict(images=len(dataset), files=zlib.crc32(names), epochs=self.n_epoch, batch_size=self.batch_size,
-                 seed=dataset.seed, optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__)
-    return facts | (schedule.scheds['lr'].keywords if schedule else {}) | self.config
-
-@patch
-def state(self:Checkpoints)->dict:
-    "All that the next step depends on."
-    scaler = getattr(self.learn, 'scaler', None)
-    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return dict(step=self.step, start=self.start, model=unwrap(self.model).state_dict(), opt=self.opt.state_dict(),
-        scaler=scaler.state_dict() if scaler else {}, unreadable=self.dls.train.dataset.unreadable.clone(),
-        rng=all_gather_objects(rng), callbacks={cb.name: cb.state_dict() for cb in self.with_state()},
-        config=self.identity, marks=self.marks,
-        versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
-
-@patch
-def with_state(self:Checkpoints): return [cb for cb in self.cbs if hasattr(type(cb), 'state_dict')]
+    def fingerprint(self)->dict:
+        "What must be the same when a run goes on."
+        dataset, schedule = self.dls.train.dataset, getattr(self.learn, 'step_schedule', None)
+        names = b'\n'.join(name_bytes(f.name) for f in dataset.images.files)
+        facts = dict(images=len(dataset), files=zlib.crc32(names), epochs=self.n_epoch, batch_size=self.batch_size,
+                     seed=dataset.seed, optimizer=type(getattr(self.opt, 'opt', self.opt)).__name__)
+        return facts | (schedule.scheds['lr'].keywords if schedule else {}) | self.config
+    def state(self)->dict:
+        "All that the next step depends on."
+        scaler = getattr(self.learn, 'scaler', None)
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        return dict(step=self.step, start=self.start, model=unwrap(self.model).state_dict(), opt=self.opt.state_dict(),
+            scaler=scaler.state_dict() if scaler else {}, unreadable=self.dls.train.dataset.unreadable.clone(),
+            rng=all_gather_objects(rng), callbacks={cb.name: cb.state_dict() for cb in self.with_state()},
+            config=self.identity, marks=self.marks,
+            versions=dict(simclr_nb=__version__, torch=str(torch.__version__), python=platform.python_version()))
+    def with_state(self): return [cb for cb in self.cbs if hasattr(type(cb), 'state_dict')]
+    def check_files(self, marks:torch.Tensor, path):
+        "An error that names the first file that is not as it was."
+        changed = (marks != self.marks).nonzero().flatten().tolist()
+        if not changed: return
+        first = shown(self.dls.train.dataset.images.files[changed[0]])
+        raise ValueError(f'image files changed since {path} was written, {len(changed)} of {len(marks)}; the first is '
+            f'{first} (its size, or time of change). Put them back, begin a new run, or go on all the same with '
+            '--accept-changed-files (from Python: accept_changed_files=True)')
+    def check_same_run(self, config, path):
+        "An error that names the first setting that differs."
+        for k in [*self.identity, *(config.keys() - self.identity.keys())]:
+            was, now = config.get(k), self.identity.get(k)
+            if was != now:
+                raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {now} now. '
+                                 'Give the same settings to go on, or another folder to begin')
+    def restore(self, state:dict, path:Path):
+        "Take up a run where `state` left it."
+        self.check_same_run(state['config'], path)
+        if 'marks' in state and not self.accept_changed_files: self.check_files(state['marks'], path)
+        unwrap(self.model).load_state_dict(state['model'])
+        self.opt.load_state_dict(state['opt'])
+        self.dls.train.dataset.unreadable |= state['unreadable']
+        if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
+        for cb in self.with_state():
+            if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
+        if get_rank() < len(state['rng']):
+            setters = torch.set_rng_state, torch.cuda.set_rng_state
+            for set_state, rng in zip(setters, state['rng'][get_rank()]): set_state(rng)
+        self.learn.start, self.learn.train_iter = state['start'], state['step']
+        self.restored_step = self.step
+        self.learn.n_epoch -= self.epochs_completed()
+    def prepare(self):
+        "Make the folder, and see that it can be written to."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob('.*.part'): part.unlink()     # of a process that was killed
+            atomic_write(self.folder/'can-write', b'')
+            (self.folder/'can-write').unlink()
+        except OSError as e:
+            raise OSError(f'cannot write checkpoints to {self.folder}: {e.strerror}. '
+                          'Choose a folder that can be written to') from e
+    def check_all_agree(self, state):
+        "On several machines: does every process see the same folder?"
+        steps = all_gather_objects(state and state['step'])
+        if len({*steps}) > 1:
+            raise ValueError(f'the processes see different checkpoints in {self.folder} '
+                             f'(steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
+    def save(self):
+        "Save the state as it is, unless it is saved already."
+        if self.saved == self.step: return
+        self.sanity_checks.settle()                            # nothing that is not finite is saved
+        state, self.saved = self.state(), self.step
+        if get_rank(): return
+        try:
+            save_state(self.folder, state)
+            if self.encoder_file: self.save_encoder(self.encoder_file)
+        except OSError as e: raise OSError(self.no_space(e)) from e
+        for old in saved_states(self.folder)[self.keep:]: old.unlink()
+    def no_space(self, e):
+        good = next(iter(saved_states(self.folder)), None)
+        last = f'the last good one is {good}' if good else 'there is none before it'
+        return (f'could not write the checkpoint of step {self.step}: {e.strerror}. Stopped; {last}. '
+                'Make room and start the same command again')
+    def catch_signals(self):
+        "From now on SIGTERM and SIGINT mean: end this step, save, leave."
+        self.stop_requested, first = None, time.monotonic()
+        def handle(number, frame):
+            nonlocal first
+            if self.stop_requested is None: self.stop_requested, first = number, time.monotonic()
+            ignored = time.monotonic() > first + 5             # launchers may send several at once
+            if self.learn is None or ignored:                  # no training that could end its step
+                before = self.handlers_before.get(number, signal.SIG_DFL)
+                self.release()
+                signal.signal(number, before)
+                os.kill(os.getpid(), number)
+        if threading.current_thread() is not threading.main_thread(): return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN: self.handlers_before[number] = signal.signal(number, handle)
 
 # %% ../../nbs/training/07_resume.ipynb #531100dd
 def file_marks(files)->torch.Tensor: # (n,) int64
@@ -127,101 +197,3 @@ def file_marks(files)->torch.Tensor: # (n,) int64
         except OSError: marks.append(0)
         else: marks.append(zlib.crc32(f'{facts.st_size} {facts.st_mtime_ns}'.encode()))
     return torch.tensor(marks)
-
-@patch
-def check_files(self:Checkpoints, marks:torch.Tensor, path):
-    "An error that names the first file that is not as it was."
-    changed = (marks != self.marks).nonzero().flatten().tolist()
-    if not changed: return
-    first = shown(self.dls.train.dataset.images.files[changed[0]])
-    raise ValueError(f'image files changed since {path} was written, {len(changed)} of {len(marks)}; the first is '
-        f'{first} (its size, or time of change). Put them back, begin a new run, or go on all the same with '
-        '--accept-changed-files (from Python: accept_changed_files=True)')
-
-# %% ../../nbs/training/07_resume.ipynb #9b93952f
-@patch
-def check_same_run(self:Checkpoints, config, path):
-    "An error that names the first setting that differs."
-    for k in [*self.identity, *(config.keys() - self.identity.keys())]:
-        was, now = config.get(k), self.identity.get(k)
-        if was != now:
-            raise ValueError(f'{path} belongs to another run: {k} was {was}, and is {now} now. '
-                             'Give the same settings to go on, or another folder to begin')
-
-@patch
-def restore(self:Checkpoints, state:dict, path:Path):
-    "Take up a run where `state` left it."
-    self.check_same_run(state['config'], path)
-    if 'marks' in state and not self.accept_changed_files: self.check_files(state['marks'], path)
-    unwrap(self.model).load_state_dict(state['model'])
-    self.opt.load_state_dict(state['opt'])
-    self.dls.train.dataset.unreadable |= state['unreadable']
-    if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
-    for cb in self.with_state():
-        if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
-    if get_rank() < len(state['rng']):
-        setters = torch.set_rng_state, torch.cuda.set_rng_state
-        for set_state, rng in zip(setters, state['rng'][get_rank()]): set_state(rng)
-    self.learn.start, self.learn.train_iter = state['start'], state['step']
-    self.restored_step = self.step
-    self.learn.n_epoch -= self.epochs_completed()
-
-# %% ../../nbs/training/07_resume.ipynb #892d53be
-@patch
-def prepare(self:Checkpoints):
-    "Make the folder, and see that it can be written to."
-    try:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob('.*.part'): part.unlink()     # of a process that was killed
-        atomic_write(self.folder/'can-write', b'')
-        (self.folder/'can-write').unlink()
-    except OSError as e:
-        raise OSError(f'cannot write checkpoints to {self.folder}: {e.strerror}. '
-                      'Choose a folder that can be written to') from e
-
-@patch
-def check_all_agree(self:Checkpoints, state):
-    "On several machines: does every process see the same folder?"
-    steps = all_gather_objects(state and state['step'])
-    if len({*steps}) > 1:
-        raise ValueError(f'the processes see different checkpoints in {self.folder} '
-                         f'(steps {", ".join(map(str, steps))}): it must be on a disk that all machines share')
-
-# %% ../../nbs/training/07_resume.ipynb #483d076a
-@patch
-def save(self:Checkpoints):
-    "Save the state as it is, unless it is saved already."
-    if self.saved == self.step: return
-    self.sanity_checks.settle()                            # nothing that is not finite is saved
-    state, self.saved = self.state(), self.step
-    if get_rank(): return
-    try:
-        save_state(self.folder, state)
-        if self.encoder_file: self.save_encoder(self.encoder_file)
-    except OSError as e: raise OSError(self.no_space(e)) from e
-    for old in saved_states(self.folder)[self.keep:]: old.unlink()
-
-@patch
-def no_space(self:Checkpoints, e):
-    good = next(iter(saved_states(self.folder)), None)
-    last = f'the last good one is {good}' if good else 'there is none before it'
-    return (f'could not write the checkpoint of step {self.step}: {e.strerror}. Stopped; {last}. '
-            'Make room and start the same command again')
-
-# %% ../../nbs/training/07_resume.ipynb #ffd6a73f
-@patch
-def catch_signals(self:Checkpoints):
-    "From now on SIGTERM and SIGINT mean: end this step, save, leave."
-    self.stop_requested, first = None, time.monotonic()
-    def handle(number, frame):
-        nonlocal first
-        if self.stop_requested is None: self.stop_requested, first = number, time.monotonic()
-        ignored = time.monotonic() > first + 5             # launchers may send several at once
-        if self.learn is None or ignored:                  # no training that could end its step
-            before = self.handlers_before.get(number, signal.SIG_DFL)
-            self.release()
-            signal.signal(number, before)
-            os.kill(os.getpid(), number)
-    if threading.current_thread() is not threading.main_thread(): return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN: self.handlers_before[number] = signal.signal(number, handle)
