@@ -217,7 +217,7 @@ def arguments(source, out, **more):
             *(str(w) for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v))]
 
 
-def a_run(source, out, kill_at=None, more={}):
+def a_run(source, out, kill_at=None, more=None):
     torch.set_num_threads(1)
     if kill_at:
         write_line = History.after_batch
@@ -225,12 +225,13 @@ def a_run(source, out, kill_at=None, more={}):
             write_line(self)
             if self.learn.step == kill_at: os.kill(os.getpid(), 9)
         History.after_batch = deadly
-    cli.main(arguments(source, out, **more))
+    cli.main(arguments(source, out, **(more or {})))
 
 
 def preloaded():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
+    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume',
+                                    'simclr_nb.features.extract'])
     return context
 
 
