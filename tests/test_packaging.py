@@ -8,6 +8,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 settings = ConfigParser(interpolation=None)
+settings.optionxform = str
 settings.read(root/'settings.ini', encoding='utf-8')
 version = re.search(r'__version__ = "(.+)"', (root/'simclr_nb/__init__.py').read_text())[1]
 modules = sorted(p.stem for p in (root/'simclr_nb').glob('[!_]*.py'))
@@ -72,6 +73,8 @@ def test_metadata_is_what_settings_say(wheel):
     assert (meta['Name'], meta['Version'], meta['Summary']) == ('simclr_nb', version, project['description'])
     assert (meta['Author'], meta['License-Expression']) == (project['author'], project['license'])
     assert meta['Requires-Python'] == f">={project['min_python']}"
+    assert meta.get_all('Classifier') == lines(project['classifiers'])
+    assert set(meta.get_all('Project-URL')) == {f'{name}, {url}' for name, url in settings['links'].items()}
     assert meta['Description-Content-Type'] == 'text/markdown' and meta.get_payload().strip()
     def parts(requirement): return frozenset(re.split('[,<>=!~]+', re.sub(r'[\s"\']', '', requirement)))
     required = {parts(r) for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
@@ -108,7 +111,3 @@ def test_the_package_is_the_command(env, tmp_path):
 def test_recipes_are_found(env, tmp_path):
     said = away(tmp_path, env/'bin/simclr', 'pretrain', '--recipe', 'imagenet', '--help')
     assert 'default: 4096' in said
-
-def test_version_is_the_same_everywhere():
-    assert f'version: {version}\n' in (root/'CITATION.cff').read_text()
-    assert f'## {version}\n' in (root/'CHANGELOG.md').read_text()
