@@ -24,8 +24,9 @@ needed_by_others = {
     'accelerate': 'fastai imports it in `Learner.distrib_ctx`, which trains on several processes',
     'tensorboard': 'torch imports it for the callback of `--log tensorboard`',
     'filelock': 'the lock on the folder of a run'}
-# Looked for by the benchmarks, and declared nowhere: what it is.
+# Looked for by tools and benchmarks, and declared nowhere: what it is.
 by_hand = {
+    'twine': 'checks a release where it is installed, see tools/release.py',
     'stable-pretraining': 'a contestant of bench/train.py, skipped where it is missing',
     'triton': 'comes with PyTorch where there is a GPU'}
 
