@@ -25,7 +25,7 @@ lint: $(VENV)/.with-dev  ## What ruff and codespell find
 lowest: $(VENV)/.with-lowest  ## The tests with the lowest versions that settings.ini allows, in an environment of its own
 	@PIP_CONSTRAINT=$(abspath $(VENV)/lowest.txt) $(MAKE) VENV=$(VENV)-lowest test
 
-findings: $(VENV)/.with-dev  ## Run every findings/*.sh, one after the other, and say which of them failed
+findings: $(VENV)/.with-dev  ## Run every findings/*.sh, one after the other, and say which of them hold
 	@$(RUN)/python tools/findings.py
 
 release: $(VENV)/.with-dev  ## Check, test, build and tag the version in simclr_nb/__init__.py; nothing is sent

@@ -1,6 +1,7 @@
 """Runs findings/*.sh, one after the other, and says how each ended; `make findings` does the same.
 
-A finding is a script that shows by itself one thing that the text claims; it ends with 0 where that holds.
+A finding is a script that shows, with pinned versions, where another library surprised us; it ends with 0 where it
+still sees what it describes.
 Names choose some of them: `python tools/findings.py temperature colors`.
 """
 import os, subprocess, sys, time
