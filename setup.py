@@ -20,7 +20,7 @@ setup(
     project_urls=dict(settings['links']),
     python_requires=f">={project['min_python']}",
     packages=find_packages(include=['simclr_nb', 'simclr_nb.*']),
-    package_data={'simclr_nb': ['*.html', 'recipes/*.yaml']},
+    package_data={'': ['*.html', 'recipes/*.yaml', 'py.typed']},
     install_requires=lines(project['requirements']),
     extras_require={name: lines(text) for name, text in settings['extras'].items()},
     entry_points={'console_scripts': [f'{name} = {target}' for name, target in settings['console_scripts'].items()],
