@@ -23,8 +23,8 @@ from .data.files import open_image
 from .data.sets import ImageSet
 from .training.memory import checkpoint_activations, memory_per_device
 from .training.history import read_history
-from .training.online import OnlineEval, OnlineProbe
-from .training.resume import Checkpoints
+from .training.online import OnlineEvalCallback, OnlineProbeCallback
+from .training.resume import CheckpointsCallback
 from .learner import SimCLRLearner, simclr_learner
 from .evaluation.classifier import supervised_learner
 from .features.extract import extract_features

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'splitters', 'ViewsCallback', 'NTXentLoss', 'SimCLRLearner', 'contrastive_learner', 'simclr_learner',
-           'StepSchedule']
+           'StepScheduleCallback']
 
 # %% ../nbs/07_learner.ipynb #85d46e4f
 import math
@@ -33,9 +33,9 @@ from .weights.files import pretrained
 from .data.datasets import check_batch
 from .data.sets import ImageSet
 from .data.sources import load_images
-from .training.callbacks import DistributedTraining, LateLosses, Precision, SmoothLoss
-from .training.checks import SanityChecks, doctor_cbs
-from .training.history import ContrastiveMetrics
+from .training.callbacks import DistributedTrainingCallback, LateLossesCallback, PrecisionCallback, SmoothLoss
+from .training.checks import SanityChecksCallback, doctor_cbs
+from .training.history import ContrastiveMetricsCallback
 from .training.loaders import adapt_encoder, make_dls, recipe_for
 from .training.memory import checkpoint_activations
 from .training.views import crops_to_views, fast_apply, first_views, show_views, unit_range
@@ -160,7 +160,7 @@ class SimCLRLearner(Learner):
         self.set_batch_size(batch_size)
         plan = schedule_plan(self.images_per_epoch(), self.batch_size, epochs, lr, lr_scaling, warmup_epochs)
         steps = self.steps_in(epochs)                         # a second run may have one less than the plan
-        schedule = StepSchedule(steps, min(plan.warmup, steps), plan.lr)
+        schedule = StepScheduleCallback(steps, min(plan.warmup, steps), plan.lr)
         self.fit(epochs, lr=plan.lr, cbs=[schedule, *L(cbs)])
     def images_per_epoch(self)->int:
         return len(self.dls.train.dataset) if self.sampler else len(self.dls.train)*self.dls.train.bs
@@ -231,9 +231,9 @@ class SimCLRLearner(Learner):
     def distrib_ctx(self):
         "Train with all processes that a launcher started; alone, nothing changes."
         with process_group(), self.on_own_device(), self.no_bar() if get_rank() else nullcontext():
-            with self.added_cbs([DistributedTraining()] if get_world_size() > 1 else []): yield self
-    def to_bf16(self): return self.add_cb(Precision('bf16'))
-    def to_fp16(self, **kwargs): return self.add_cb(Precision('fp16', **kwargs))
+            with self.added_cbs([DistributedTrainingCallback()] if get_world_size() > 1 else []): yield self
+    def to_bf16(self): return self.add_cb(PrecisionCallback('bf16'))
+    def to_fp16(self, **kwargs): return self.add_cb(PrecisionCallback('fp16', **kwargs))
 
 # %% ../nbs/07_learner.ipynb #e8f0ff9b
 optimizers = {
@@ -247,7 +247,7 @@ splitters = dict(lars=param_groups, sgd=trainable_params, adam=trainable_params)
 def contrastive_learner(dls, model, loss, metrics, own_cbs, more_metrics=None, cbs=None, **kwargs):
     "A learner that measures training batches; there is nothing to validate."
     learn = SimCLRLearner(dls, model, loss, metrics=metrics + L(more_metrics), **kwargs)
-    learn.add_cbs([SanityChecks(), LateLosses(), *own_cbs, *L(cbs)])
+    learn.add_cbs([SanityChecksCallback(), LateLossesCallback(), *own_cbs, *L(cbs)])
     recorder = learn.recorder
     recorder.smooth_loss, recorder.train_metrics, recorder.valid_metrics = SmoothLoss(), True, False
     return learn
@@ -298,7 +298,7 @@ def simclr_learner(
     if 'opt_func' in kwargs: optimizer = None
     else: kwargs |= dict(opt_func=optimizers[optimizer], splitter=splitters[optimizer])
     dls = make_dls(images, augment, seed, num_workers, cache)
-    metrics = ContrastiveMetrics(temperature)
+    metrics = ContrastiveMetricsCallback(temperature)
     learn = contrastive_learner(dls, model, loss, metrics.metrics(), [ViewsCallback(augment, seed, memory_format), metrics,
         *doctor_cbs(arch, weights)], kwargs.pop('metrics', None), **kwargs)
     learn.optimizer = optimizer
@@ -306,7 +306,7 @@ def simclr_learner(
     return learn
 
 # %% ../nbs/07_learner.ipynb #5b8ace8a
-class StepSchedule(ParamScheduler):
+class StepScheduleCallback(ParamScheduler):
     "The learning rate as a function of the step."
     def __init__(self,
         total:int, # steps of the run

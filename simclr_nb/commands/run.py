@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['view_size', 'run_images', 'launched', 'check_machine', 'dry_run_facts', 'make_learner', 'run_config',
-           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLines', 'progress', 'train',
-           'keep_start', 'pretrain_run', 'runs_table']
+           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLinesCallback', 'progress',
+           'train', 'keep_start', 'pretrain_run', 'runs_table']
 
 # %% ../../nbs/commands/03_run.ipynb #a23cc265
 import os, platform, signal, sys, time, warnings
@@ -28,14 +28,14 @@ from ..data.sources import augmentations_for, load_images, presets
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..encoder import adapt_channels
 from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
-from ..training.callbacks import FreezeEncoder
-from ..training.history import History, read_history
-from ..training.online import OnlineEval
-from ..training.resume import Checkpoints, saved_states
+from ..training.callbacks import FreezeEncoderCallback
+from ..training.history import HistoryCallback, read_history
+from ..training.online import OnlineEvalCallback
+from ..training.resume import CheckpointsCallback, saved_states
 from ..lars import schedule_plan
 from ..learner import simclr_learner
-from ..training.online import OnlineMeasures
-from ..training.checks import Doctor
+from ..training.online import OnlineMeasuresCallback
+from ..training.checks import DoctorCallback
 from ..features.neighbors import knn_evaluator
 from ..weights.official import load_official
 from ..core import markdown_table
@@ -157,7 +157,7 @@ def make_learner(
     if s.compile:
         learn.encoder.compile(mode=s.compile_mode)
         learn.views.compiled = True
-    if s.no_doctor: learn.remove_cb(Doctor)
+    if s.no_doctor: learn.remove_cb(DoctorCallback)
     return learn
 
 # %% ../../nbs/commands/03_run.ipynb #5b687241
@@ -200,7 +200,7 @@ def make_logger(s, out:Path, learn, config:dict)->list:
     return [WandbCallback(log_preds=False, log_model=False)]
 
 # %% ../../nbs/commands/03_run.ipynb #7ccc5a51
-class Replacement(Callback):
+class ReplacementCallback(Callback):
     "Lets go of the run that this one replaces, once there is a checkpoint."
     order = 81      # after the checkpoints
     def __init__(self, out:Path): self.out, self.waiting = out, not get_rank() and (out/'.replaced').exists()
@@ -218,19 +218,19 @@ def make_online_eval(s, images)->list:
     except ValueError as e:
         warnings.warn(f'no nearest neighbors while it trains: {e}')
         return []
-    return [OnlineEval(evaluate, every=s.knn_every)]
+    return [OnlineEvalCallback(evaluate, every=s.knn_every)]
 
 def make_callbacks(s, out:Path, learn, images, config:dict, defining:dict)->list:
     "What goes along with a run: checkpoints, history, evaluation, loggers."
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
-    checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
+    checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
-    measures = [OnlineMeasures(s.measure_every)] if s.measure_every else []
-    return [checkpoints, Replacement(out), History(out/'history.csv'), FreezeEncoder(s.freeze_epochs),
+    measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
+    return [checkpoints, ReplacementCallback(out), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
             *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
-class EpochLines(Callback):
+class EpochLinesCallback(Callback):
     "Prints one line for each epoch."
     order = 90      # after everything that measures something
     def before_fit(self): self.began, self.total = time.perf_counter(), self.epochs_completed() + self.n_epoch
@@ -251,7 +251,7 @@ def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
     stack = ExitStack()
     if sys.stdout.isatty(): return stack
-    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLines()])): stack.enter_context(context)
+    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLinesCallback()])): stack.enter_context(context)
     return stack
 
 # %% ../../nbs/commands/03_run.ipynb #ab7f0449

@@ -24,10 +24,10 @@ from ..data.sources import load_images
 from ..features.extract import extract_features
 from ..features.metrics import check_classes, check_features, check_number, metrics
 from ..training.callbacks import MeanMetric
-from ..training.checks import SanityChecks
+from ..training.checks import SanityChecksCallback
 from ..training.loaders import adapt_encoder, recipe_for, train_dls
 from ..training.online import zero_linear
-from ..learner import SimCLRLearner, StepSchedule, ViewsCallback, contrastive_learner
+from ..learner import SimCLRLearner, StepScheduleCallback, ViewsCallback, contrastive_learner
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #7c9a0588
 class LabelLoss(nn.Module):
@@ -172,12 +172,12 @@ def classifier_learner(
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
     groups = partial(_decay_groups, trained=trained, wd=wd)
     return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=groups,
-                         cbs=[ViewsCallback(augment, seed), SanityChecks()])
+                         cbs=[ViewsCallback(augment, seed), SanityChecksCallback()])
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #9ea5f5af
 def fit_cosine(learn:SimCLRLearner, epochs:int, lr:float):
     "Train without warm-up, along a cosine to zero, quietly."
-    schedule = StepSchedule(learn.steps_in(epochs), 0, lr)
+    schedule = StepScheduleCallback(learn.steps_in(epochs), 0, lr)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr=lr, cbs=schedule)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #66be9cb5
