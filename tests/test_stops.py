@@ -21,7 +21,7 @@ from simclr_nb.ntxent import nt_xent
 from simclr_nb.operations import broader_augmentations
 from simclr_nb.data.sources import solar_augmentations
 from simclr_nb.training.resume import CheckpointsCallback, saved_states
-from simclr_nb.core import Late
+from simclr_nb.core import DelayedValue
 
 pretend.register()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -201,7 +201,7 @@ def test_the_loss_looks_at_itself_on_a_cpu_or_when_told():
 
 def test_late_reads_what_was_sent():
     with pretend.Pretend() as mode:
-        late, x = Late(), torch.ones(2).to('pretend', non_blocking=True)
+        late, x = DelayedValue(), torch.ones(2).to('pretend', non_blocking=True)
         late.put(x.sum())
         got = late.get()
         assert got.device.type == 'cpu' and got == 2 and late.get() is None and mode.waits == []

@@ -17,7 +17,7 @@ from fastai.learner import AvgSmoothLoss, Metric
 from fastai.torch_core import find_bs
 from fastcore.basics import noop
 from torch.nn.parallel import DistributedDataParallel
-from ..core import Late, get_rank, get_world_size, unwrap
+from ..core import DelayedValue, get_rank, get_world_size, unwrap
 from ..distributed import global_batch_norm, mean_over_ranks
 from .loaders import split_loader
 
@@ -48,7 +48,7 @@ class MeanMetric(Metric):
 class LateLossesCallback(Callback):
     "The losses that fastai records and shows, without waiting for a device."
     order = 55                                              # between fastai's recorder and its progress bar
-    def before_fit(self): self.late, self.moved = Late(), 0
+    def before_fit(self): self.late, self.moved = DelayedValue(), 0
     def after_batch(self):
         if not self.training or self.loss.device.type == 'cpu': return
         shown = self.late.get()

@@ -12,7 +12,7 @@ import math, time, warnings
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import Tensor
-from ..core import Late, get_rank, listing
+from ..core import DelayedValue, get_rank, listing
 from ..ntxent import contrastive_metrics
 from ..distributed import all_gather_objects
 from ..data.datasets import TwoCropDataset, check_batch
@@ -133,7 +133,7 @@ class DoctorCallback(Callback):
         self.said = {}
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')               # which drives a run into the wall on purpose
-        self.said, self.entries, self.first = {}, [], Late()
+        self.said, self.entries, self.first = {}, [], DelayedValue()
         self.plan = plan_advice(len(self.dls.train.dataset), self.batch_size, self.n_epoch)
         self.begin_entry()
     def begin_entry(self): self.n_steps, self.loss_sum, self.accuracy_sum, self.n_measured = 0, 0., 0., 0
@@ -204,7 +204,7 @@ class SanityChecksCallback(Callback):
         dataset = self.dls.train.dataset
         check_batch(len(dataset), self.batch_size)
         if isinstance(dataset, TwoCropDataset): dataset[0]          # is there one that can be read?
-        self.coming, self.asked_at = Late(), None
+        self.coming, self.asked_at = DelayedValue(), None
     def before_step(self):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
