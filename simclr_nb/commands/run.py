@@ -32,7 +32,7 @@ from ..features.neighbors import knn_evaluator
 from ..pictures.plots import plot_history, save_figure
 from ..training.callbacks import FreezeEncoderCallback
 from ..training.checks import DoctorCallback
-from ..training.folder import finish, held_folder, read_json, run_folder, settle
+from ..training.folder import drop_or_restore, finish, held_folder, read_json, run_folder
 from ..training.history import HistoryCallback, read_history
 from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
 from ..training.online import OnlineEvalCallback, OnlineMeasuresCallback
@@ -203,7 +203,7 @@ class ReplacementCallback(Callback):
     def __init__(self, out:Path): self.out, self.waiting = out, not get_rank() and (out/'.replaced').exists()
     def after_batch(self):
         if self.waiting and self.checkpoints.saved is not None:
-            settle(self.out)
+            drop_or_restore(self.out)
             self.waiting = False
     def after_epoch(self): self.after_batch()
 

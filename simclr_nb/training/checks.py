@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['few_images', 'few_steps', 'small_batch', 'plan_advice', 'DataWaitCallback', 'z_spread', 'z_directions',
-           'first_step_advice', 'epochs_advice', 'DoctorCallback', 'doctor_cbs', 'SanityChecksCallback']
+           'first_step_advice', 'epochs_advice', 'DoctorCallback', 'doctor_cbs']
 
 # %% ../../nbs/training/06_checks.ipynb #e702aa83
 import math, time, warnings
@@ -12,11 +12,11 @@ import math, time, warnings
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import Tensor
-from ..core import DelayedValue, get_rank, listing
+from ..core import DelayedValue, get_rank
 from ..ntxent import contrastive_metrics
-from ..distributed import all_gather_objects
-from ..data.datasets import TwoCropDataset, check_batch
 from ..features.spectrum import variances
+from .callbacks import FreezeEncoderCallback, StepScheduleCallback, find_callback, need_callback
+from .history import ContrastiveMetricsCallback
 
 # %% ../../nbs/training/06_checks.ipynb #021ad26b
 few_images, few_steps, small_batch = 1000, 150, 64
@@ -47,8 +47,8 @@ class DataWaitCallback(Callback):
     def before_fit(self): self.waited = self.total = 0.; self.asked, self.fresh = None, True
     def before_train(self): self.asked, self.fresh = None if self.fresh else time.perf_counter(), False
     def before_batch(self): self.arrived = time.perf_counter()
-    def end_of_step(self):
-        "Called when everything of a step is done."
+    def end_step(self):
+        "The doctor says that everything of a step is done."
         now = time.perf_counter()
         if self.asked is not None:
             self.waited, self.total = self.waited + self.arrived - self.asked, self.total + now - self.asked
@@ -133,6 +133,8 @@ class DoctorCallback(Callback):
         self.said = {}
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')               # which drives a run into the wall on purpose
+        self.wait = need_callback(self.learn, DataWaitCallback, self)
+        self.measured = need_callback(self.learn, ContrastiveMetricsCallback, self)
         self.said, self.entries, self.first = {}, [], DelayedValue()
         self.plan = plan_advice(len(self.dls.train.dataset), self.batch_size, self.n_epoch)
         self.begin_entry()
@@ -148,15 +150,15 @@ class DoctorCallback(Callback):
                            n_measured=self.n_measured)
     def load_state_dict(self, state): vars(self).update(state)
     def before_train(self):
-        if self.step == 0: self.say(self.plan)              # a run that is taken up again has been told
+        if self.step == 0: self.say(self.plan)              # a run that is taken up again has heard it
     def after_batch(self):
         self.n_steps, self.loss_sum = self.n_steps + 1, self.loss_sum + self.loss.detach()
         if self.step > 1: self.look_at_first()
         elif self.start == 0: self.first.put(self.first_numbers())
-        self.data_wait.end_of_step()
+        self.wait.end_step()
         self.look_at_waiting()
     def first_numbers(self):
-        z, temperature = self.pred[1].detach(), self.contrastive_metrics.temperature
+        z, temperature = self.pred[1].detach(), self.measured.temperature
         return torch.stack([self.loss.detach().float(), z_spread(z), contrastive_metrics(z, temperature)[0].float()])
     def look_at_first(self):
         numbers = self.first.get()
@@ -164,7 +166,7 @@ class DoctorCallback(Callback):
         temperature = getattr(self.loss_func, 'temperature', None)
         self.say(first_step_advice(*numbers.tolist(), self.batch_size, temperature, self.untrained))
     def look_at_waiting(self):
-        wait = self.data_wait
+        wait = self.wait
         if wait.total < self.patience or wait.share <= self.most_waiting: return
         workers = getattr(self.dls.train, 'num_workers', 0)
         self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
@@ -172,20 +174,20 @@ class DoctorCallback(Callback):
             'or keep decoded images in memory (cache, --cache)'})
     def after_epoch(self):
         self.look_at_first()
-        metrics, frozen = self.contrastive_metrics, getattr(self.learn, 'freeze_encoder', None)
-        self.accuracy_sum, self.n_measured = self.accuracy_sum + metrics.sums[0], self.n_measured + metrics.count
+        measured, frozen = self.measured, find_callback(self.learn, FreezeEncoderCallback)
+        self.accuracy_sum, self.n_measured = self.accuracy_sum + measured.sums[0], self.n_measured + measured.count
         if frozen and self.epochs_completed() <= frozen.epochs: return self.begin_entry()
         if self.n_steps < 20 or not self.n_measured: return
         loss, accuracy = float(self.loss_sum/self.n_steps), float(self.accuracy_sum/self.n_measured)
-        z = metrics.z
+        z = measured.z
         wide = min(z.shape) >= 16                           # else few directions are no symptom
         self.entries.append((self.step, loss, accuracy, z_directions(z) if wide else math.inf))
         self.begin_entry()
         self.say(epochs_advice(self.entries, self.batch_size, self.warmup(), self.settled))
     def warmup(self)->int:
         "Steps of the warm-up, where the run has a schedule."
-        schedule = getattr(self.learn, 'step_schedule', None)
-        return schedule.scheds['lr'].keywords['warmup_steps'] if schedule else 0
+        schedule = find_callback(self.learn, StepScheduleCallback)
+        return schedule.settings['warmup_steps'] if schedule else 0
 
 # %% ../../nbs/training/06_checks.ipynb #171bebaa
 def doctor_cbs(
@@ -193,50 +195,3 @@ def doctor_cbs(
 )->list: # of callbacks
     "The doctor, and who measures for him."
     return [DataWaitCallback(), DoctorCallback(untrained=isinstance(arch, str) and not weights)]
-
-# %% ../../nbs/training/06_checks.ipynb #ff5d50e3
-class SanityChecksCallback(Callback):
-    "Clear errors for data that cannot train, gradients that are not finite, files that could not be read."
-    def __init__(self,
-        late:bool|None=None, # look at a gradient one step later, without waiting for it; None: unless on a CPU
-    ): self.late = late
-    def before_fit(self):
-        dataset = self.dls.train.dataset
-        check_batch(len(dataset), self.batch_size)
-        if isinstance(dataset, TwoCropDataset): dataset[0]          # is there one that can be read?
-        self.coming, self.asked_at = DelayedValue(), None
-    def before_step(self):
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
-        scaler = getattr(self.learn, 'scaler', None)
-        if scaler and scaler.is_enabled(): return self.check_scale(scaler)
-        self.settle()
-        self.coming.put(self.grad_norm)
-        self.asked_at = f'step {self.step} (epoch {self.epoch})'
-        late = self.grad_norm.device.type != 'cpu' if self.late is None else self.late
-        if not late: self.settle('stopped before it reached the weights')
-    def settle(self, what='the weights have it by now, and no checkpoint does: go on from the last one'):
-        "Look at the last gradient norm that nobody has looked at."
-        norm = self.coming.get()
-        if norm is None or norm.isfinite(): return
-        raise FloatingPointError(f'the gradient is not finite at {self.asked_at}: {what}. '
-                                 'Try a lower learning rate, a longer warm-up, or full precision.')
-    def after_train(self): self.settle()
-    def check_scale(self, scaler):
-        "In float16 a gradient may overflow now and then, but not at every scale."
-        if scaler.get_scale() < 2**-10:
-            raise FloatingPointError('the gradient is not finite in float16, however small its scale: '
-                                     'take bf16 or full precision')
-        self.grad_norm /= scaler.get_scale()
-    def after_fit(self):
-        unreadable = getattr(self.dls.train.dataset, 'unreadable', None)
-        if unreadable is not None:                             # each process has met some of them
-            for others in all_gather_objects(unreadable.clone()): unreadable |= others
-        files = self.unreadable_files()
-        if files and not get_rank():
-            warnings.warn(f'{len(files)} of {len(self.dls.train.dataset)} files could not be read, '
-                f'and training went on without: {listing(files)}. The whole list: '
-                "learn.sanity_checks.unreadable_files(), and in a run's folder report.json, under left_out")
-    def unreadable_files(self)->list:
-        "Files of the training set that could not be read."
-        return getattr(self.dls.train.dataset, 'unreadable_files', list)()
