@@ -9,7 +9,7 @@ from PIL import Image
 import pretend
 from conftest import free_port
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, RandomTransform, simclr_augmentations
-from simclr_nb.training.checks import SanityChecksCallback
+from simclr_nb.training.callbacks import SanityChecksCallback
 from simclr_nb.training.history import HistoryCallback
 from simclr_nb.training.online import OnlineProbeCallback
 from simclr_nb.core import send

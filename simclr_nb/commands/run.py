@@ -16,11 +16,9 @@ from pathlib import Path
 
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
-from fastai.torch_core import default_device, no_random
+from fastai.torch_core import default_device
 from ..core import get_rank, markdown_table, shown
-from ..encoder import (
-    adapt_channels, build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info)
-from ..projection import SimCLR, projection_head
+from ..encoder import encoder_info, load_encoder, save_encoder, set_encoder_info
 from ..lars import schedule_plan
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..weights.files import pretrained, save_head
@@ -34,10 +32,10 @@ from ..training.callbacks import FreezeEncoderCallback
 from ..training.checks import DoctorCallback
 from ..training.folder import drop_or_restore, finish, held_folder, read_json, run_folder
 from ..training.history import HistoryCallback, read_history
-from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
+from ..training.memory import bytes_per_step, memory_per_device
 from ..training.online import OnlineEvalCallback, OnlineMeasuresCallback
 from ..training.resume import CheckpointsCallback, saved_states
-from ..learner import simclr_learner
+from ..learner import build_model, simclr_learner
 from .options import two_numbers
 from .pretrain import Pretrain
 
@@ -93,15 +91,6 @@ def start_of(s:Pretrain, out:Path|None=None): # settings, `size` is set; folder 
     else: encoder = pretrained(s.weights, s.arch, s.size)
     return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
 
-def build_model(s:Pretrain)->SimCLR:
-    "Encoder and head of some settings, as a run begins."
-    with no_random(s.seed):
-        encoder = build_encoder(start_of(s), s.size, s.stem)
-        if s.channels: adapt_channels(encoder, s.channels)
-        head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
-    if s.grad_checkpoint: checkpoint_activations(encoder)
-    return SimCLR(encoder, head)
-
 # %% ../../nbs/commands/03_run.ipynb #35a64c2c
 dtypes = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -122,7 +111,8 @@ def dry_run_facts(
                          f'choose --batch-size among the multiples of {s.processes}')
     images, processes = s.images or len(run_images(s)), s.processes or launched()
     plan = schedule_plan(images, s.batch_size, s.epochs, s.lr, s.lr_scaling, s.warmup_epochs)
-    model = build_model(s)
+    model = build_model(start_of(s), s.size, stem=s.stem, channels=s.channels, head=s.head,
+        projection_dim=s.projection_dim, grad_checkpoint=s.grad_checkpoint, seed=s.seed)
     held, sent = bytes_needed(s, model, processes)
     return {
         'images': f'{images:,}',
@@ -200,9 +190,10 @@ def make_logger(s:Pretrain, out:Path, learn, config:dict)->list:
 class ReplacementCallback(Callback):
     "Lets go of the run that this one replaces, once there is a checkpoint."
     order = 81      # after the checkpoints
-    def __init__(self, out:Path): self.out, self.waiting = out, not get_rank() and (out/'.replaced').exists()
+    def __init__(self, out:Path, checkpoints:CheckpointsCallback):
+        self.out, self.written, self.waiting = out, checkpoints, not get_rank() and (out/'.replaced').exists()
     def after_batch(self):
-        if self.waiting and self.checkpoints.saved is not None:
+        if self.waiting and self.written.saved is not None:
             drop_or_restore(self.out)
             self.waiting = False
     def after_epoch(self): self.after_batch()
@@ -223,7 +214,7 @@ def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:di
     checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
     measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
-    return [checkpoints, ReplacementCallback(out), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
+    return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
             *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5

@@ -141,8 +141,8 @@ def need_callback(
     found = find_callback(learn, kind)
     if found is not None: return found
     who = type(caller).__name__
-    raise ValueError(f'{who} needs a {kind.__name__}, and this learner has none: add one with learn.add_cb, '
-                     f'or take {who} out with learn.remove_cb')
+    instead = f', or take {who} out with learn.remove_cb' if isinstance(caller, Callback) else ''
+    raise ValueError(f'{who} needs a {kind.__name__}, and this learner has none: add one with learn.add_cb{instead}')
 
 # %% ../../nbs/training/03_callbacks.ipynb #8d047284
 class StepScheduleCallback(ParamScheduler):
