@@ -277,7 +277,7 @@ def simclr_learner(
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     micro_batch:int|None=None, # images that go through the network at a time: less memory, more time
     grad_checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
-    cache:float=0, # megabytes of memory for decoded images, as in `train_loader`
+    cache_mb:float=0, # megabytes of memory for decoded images, as in `train_loader`
     memory_format=None, # of views and network; None: torch.channels_last, which is faster, unless `arch` is a module
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `optimizer`
 )->SimCLRLearner: # with `pretrain`, `show_batch`, `save_encoder` and all of fastai's
@@ -297,7 +297,7 @@ def simclr_learner(
     if grad_checkpoint: checkpoint_activations(model.encoder)
     if 'opt_func' in kwargs: optimizer = None
     else: kwargs |= dict(opt_func=optimizers[optimizer], splitter=splitters[optimizer])
-    dls = make_dls(images, augment, seed, num_workers, cache)
+    dls = make_dls(images, augment, seed, num_workers, cache_mb)
     metrics = ContrastiveMetrics(temperature)
     learn = contrastive_learner(dls, model, loss, metrics.metrics(), [ViewsCallback(augment, seed, memory_format), metrics,
         *doctor_cbs(arch, weights)], kwargs.pop('metrics', None), **kwargs)

@@ -12,7 +12,7 @@ from functools import lru_cache, singledispatch
 import cv2, matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 from ..augmentations import (
-    Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale, RandomTransform, luma, make_views)
+    Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale, RandomTransform, luma)
 from ..operations import RandomQuarterTurn
 from ..data.channels import as_rgb
 from ..data.datasets import TwoCropDataset
@@ -156,7 +156,7 @@ def crops_to_views(
     compiled:bool=False, # as for `fast_apply`
 )->Tensor: # (V·B, 3, S, S) in [0, 1]
     "`make_views`, fast on any device."
-    return make_views(augment, crops, params, fast_apply(crops, compiled))
+    return augment.views(crops, params, fast_apply(crops, compiled))
 
 # %% ../../nbs/training/01_views.ipynb #cba77d62
 def first_views(
