@@ -144,7 +144,7 @@ def apply_compiled(
 def fast_apply(
     x:Tensor, # what is to be transformed
     compiled:bool=False, # elsewhere than on a CPU: as one compiled graph
-): # for `make_views` and `crop_views`
+): # for `Augmentation.views` and `crop_views`
     "The implementation of an augmentation that is fast on the device of x; None: its own."
     if x.device.type == 'cpu': return apply_cpu
     return apply_compiled if compiled else None
@@ -155,7 +155,7 @@ def crops_to_views(
     params:Tensor, # (B, V, P)
     compiled:bool=False, # as for `fast_apply`
 )->Tensor: # (V·B, 3, S, S) in [0, 1]
-    "`make_views`, fast on any device."
+    "`augment.views`, fast on any device."
     return augment.views(crops, params, fast_apply(crops, compiled))
 
 # %% ../../nbs/training/01_views.ipynb #cba77d62
