@@ -16,7 +16,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random, trainable_params
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from ..core import TooFewImages, listing, printable
+from ..core import TooFewImages, listing, shown
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from ..encoder import build_encoder, feature_dim, safe_layout
 from ..data.sets import ImageSet, stratified_split
@@ -117,7 +117,7 @@ def check_labels(train:ImageSet, test:ImageSet):
 
 def _names(images, classes):
     "The names of some classes."
-    return [printable(images.classes[c]) if images.classes else str(c) for c in classes]
+    return [shown(images.classes[c]) if images.classes else str(c) for c in classes]
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #f1906efc
 class Frozen(nn.Module):
@@ -222,7 +222,7 @@ def select_on_val(
         part, held_out = stratified_split(train, fraction, seed) if val is None else (train, val)
         tried = {o: _try(run, part, held_out, o, metric) for o in options}
     chosen = max(options, key=tried.get) if tried else options[0]
-    everything = train if val is None else joined(train, val)
+    everything = train if val is None else train.joined(val)
     return run(everything, test, chosen) | dict(chosen=chosen, tried=tried, at_edge=_at_edge(chosen, tried))
 
 def _try(run, train, test, option, metric):
@@ -236,10 +236,6 @@ def _at_edge(chosen, tried)->list:
     return [v for v, grid in zip(parts(chosen), grids) if len(grid) > 2 and v and v in (grid[0], grid[-1])]
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #6a42c72b
-def joined(a:ImageSet, b:ImageSet)->ImageSet:
-    "Both sets as one."
-    return ImageSet(a.files + b.files, np.concatenate([a.labels, b.labels]), a.classes)
-
 def as_options(x)->list:
     "One value or several, as a list."
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else [x]

@@ -106,7 +106,7 @@ def train_point(
         learn = supervised_learner(labeled, encoder, batch_size=t.batch_size, opt_func=optimizers[t.optimizer], **how)
     else:
         learn = simclr_learner(images, encoder, head=t.head, projection_dim=t.projection_dim, temperature=t.temperature,
-            optimizer=t.optimizer, cache=2000, micro_batch=micro_batch, memory_format=torch.channels_last, **how)
+            optimizer=t.optimizer, cache_mb=2000, micro_batch=micro_batch, memory_format=torch.channels_last, **how)
         learn.loss_func = ViewsLoss(loss_of(t))
     if t.norm_pictures: local_batch_norm(learn.model, t.norm_pictures)
     with learn.no_bar(), learn.no_logging(): learn.pretrain(t.epochs, t.batch_size, t.lr, t.lr_scaling)
