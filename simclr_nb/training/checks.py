@@ -16,7 +16,7 @@ from ..core import Late, get_rank, listing
 from ..ntxent import contrastive_metrics
 from ..distributed import all_gather_objects
 from ..data.datasets import TwoCropDataset, check_batch
-from ..features.spectrum import variances
+from ..features.spectrum import entropy_rank, variances
 
 # %% ../../nbs/training/06_checks.ipynb #021ad26b
 few_images, few_steps, small_batch = 1000, 150, 64
@@ -67,8 +67,7 @@ def z_directions(
     rows:int=1024, # to look at, at most
 )->float: # 1 to D; 0 where all rows are equal
     "In how many directions z, scaled to length 1, varies: exponential of the entropy of the shares of the variance."
-    v = variances(F.normalize(z[:rows].detach().float(), dim=1))
-    return float(torch.special.entr(v/v.sum()).sum().exp()) if v.sum() > 0 else 0.
+    return entropy_rank(variances(F.normalize(z[:rows].detach().float(), dim=1)))
 
 # %% ../../nbs/training/06_checks.ipynb #7f697d15
 def first_step_advice(
