@@ -13,9 +13,9 @@ from ..core import eval_mode, markdown_table
 from ..lars import scale_lr
 from ..data.sets import ImageSet
 from ..features.extract import extract_features
-from ..features.logistic import feature_scale, logistic_path, logistic_regression
+from ..features.logistic import LogisticClassifier, feature_scale, logistic_path
 from ..features.metrics import accuracy, balanced_accuracy, check_number
-from ..features.neighbors import choose_neighbors, knn_predict
+from ..features.neighbors import NeighborClassifier, choose_neighbors
 from ..pictures.plots import protocol_names
 from .classifier import (
     Frozen, Standardized, as_options, check_labels, check_rates, check_sets, classifier_learner,
@@ -25,9 +25,9 @@ from .classifier import (
 def _score(h, y, h_test, y_test, k):
     "Balanced accuracy of both protocols, percent."
     k, temperature = (min(k, len(h)), .1) if k else choose_neighbors(h, y)[:2]
-    probe = logistic_regression(h, y, balanced=True, metric=balanced_accuracy)
-    guess = {'knn': knn_predict(h, y, h_test, k, temperature), 'logreg': probe.predict(h_test)}
-    return {name: 100*balanced_accuracy(y_test, g) for name, g in guess.items()}
+    classifiers = {'knn': NeighborClassifier(k, temperature),
+                   'logreg': LogisticClassifier(class_weight='balanced', metric=balanced_accuracy)}
+    return {name: balanced_accuracy(y_test, c.fit(h, y).predict(h_test)) for name, c in classifiers.items()}
 
 def compare(
     encoders:dict, # name to encoder
@@ -127,4 +127,4 @@ def transformation_probe(
     fit, ask = train_test_split(range(h.shape[1]), test_size=held_out, random_state=seed)
     path = logistic_path(h[:, fit].flatten(0, 1), np.repeat(range(V), len(fit)), [1/(V*len(fit))])
     guess = (h[:, ask].flatten(0, 1) @ path.weights[0] + path.bias[0]).argmax(1)
-    return 100*accuracy(np.repeat(range(V), len(ask)), guess)
+    return accuracy(np.repeat(range(V), len(ask)), guess)

@@ -17,12 +17,12 @@ from ..core import TooFewImages
 from ..encoder import feature_dim
 from ..data.sets import ImageSet
 from ..features.extract import extract_features
-from ..features.logistic import logistic_regression
+from ..features.logistic import LogisticClassifier
 from ..features.metrics import (
     balanced_accuracy, difference_estimate, metrics, paired_test, score_estimate)
-from ..features.neighbors import choose_neighbors, knn_predict
+from ..features.neighbors import NeighborClassifier, choose_neighbors
 from .candidates import principal_components
-from .classifier import check_labels, classification_report
+from .classifier import check_labels, classification_report, n_outputs
 from .finetune import finetune as fine_tune, label_indices, trained_with_labels
 from .linear import linear_evaluation
 
@@ -113,15 +113,19 @@ class EvalSuite:
             most = max(k for k, _ in found.tried)
             choice = dict(k=found.k, temperature=found.temperature, chosen_on='labeled images, each by the others',
                           at_edge=found.k == most < len(some) - 1)
-        guess = knn_predict(bank, y, queries, choice['k'], choice['temperature']).cpu().numpy()
-        scores = {m: 100*metrics[m](self.test.labels, guess) for m in ('top-1', 'balanced accuracy')}
+        guess = NeighborClassifier(choice['k'], choice['temperature']).fit(bank, y).predict(queries)
+        scores = {m: metrics[m](self.test.labels, guess) for m in ('top-1', 'balanced accuracy')}
         return dict(predictions=guess, choice=choice) | scores
     def logreg(self, c, some, seed):
         "Logistic regression on frozen features, its penalty chosen on a part of the labeled images."
         bank, queries = self.features_of(c, some, seed)
-        probe = logistic_regression(bank, self.train.labels[some], seed, balanced=True, metric=balanced_accuracy)
-        choice = dict(l2=probe.l2, each_alone=probe.each_alone, chosen_on='a fifth of the labeled images',
-                      at_edge=probe.at_edge)
+        probe = LogisticClassifier(class_weight='balanced', metric=balanced_accuracy, random_state=seed)
+        probe.fit(bank, self.train.labels[some])
+        if len(probe.classes_) < n_outputs(self.train):
+            raise ValueError(f'of {n_outputs(self.train)} classes {len(probe.classes_)} are among the labeled images: '
+                             'a logistic regression needs an image of each')
+        choice = dict(l2=probe.l2_, each_alone=probe.each_alone_, chosen_on='a fifth of the labeled images',
+                      at_edge=probe.at_edge_)
         return classification_report(probe.logits(queries).cpu(), self.test.labels) | dict(choice=choice)
     def linear(self, c, some, seed):
         "A linear layer trained on crops, as in appendix B.6."
