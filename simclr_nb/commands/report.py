@@ -18,7 +18,7 @@ from ..core import atomic_write, markdown_table, plural, shown, write_json
 from ..encoder import encoder_info, load_encoder
 from ..data.sources import load_images, presets
 from ..features.copies import find_near_duplicates
-from ..features.neighbors import nearest_to_each
+from ..features.neighbors import NeighborIndex
 from ..pictures.pages import html_map
 from ..pictures.plots import (
     plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors, plot_scores,
@@ -111,10 +111,10 @@ def seen_unlabeled(
 def find_leaks(
     train, test,
     anyway:bool=False, # however many images there are
-)->list|None: # of (training file, test file, how); None: not looked for
+)->list|None: # of (training file, test file, reason); None: not looked for
     "Test images that are among the training images."
     if len(train) + len(test) > 100_000 and not anyway: return None
-    return [(shown(a), shown(b), how) for a, b, how in find_near_duplicates(train, test)]
+    return [(shown(a), shown(b), reason) for a, b, reason in find_near_duplicates(train, test)]
 
 def pretraining_complete(run:Path|None)->bool|None: # None: not known
     "Has the run come to its end?"
@@ -253,7 +253,7 @@ def _draw_maps(test, h, title:str, figures:Path, most:int=3000):
     some, h = test.subset(range(0, len(test), every)), h[::every]
     xy = project_2d(h)
     save_figure(plot_map(h, some.labels, some.classes, images=some, xy=xy), figures/'map.png')
-    neighbors, title = nearest_to_each(h, min(12, len(h) - 1)), f'{title}: {len(some)} test images'
+    neighbors, title = NeighborIndex(h).search_each(12)[1], f'{title}: {len(some)} test images'
     html_map(figures/'map.html', xy, some, some.labels, some.classes, neighbors, title)
 
 def draw_geometry(run:Path|None, figures:Path):

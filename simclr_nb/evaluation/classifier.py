@@ -188,13 +188,13 @@ def classification_report(
     s, y = check_features(scores, 'scores', 'did training diverge?').numpy(), np.asarray(labels)
     if y.ndim == 2:
         shown = y.any(0)
-        precision = 100*metrics['11-point mAP'](y[:, shown], s[:, shown])
+        precision = metrics['11-point mAP'](y[:, shown], s[:, shown])
         return {'scores': s, 'labels': y, 'predictions': (s > 0).astype(int), '11-point mAP': precision}
     report = dict(scores=s, labels=y, predictions=s.argmax(1))
     if s.shape[1] > 5:
         best = s.argsort(1)[:, :-6:-1]                    # five, the likeliest first
         report['top-5'] = 100*float((best == y[:, None]).any(1).mean())
-    return report | {n: 100*metrics[n](y, report['predictions']) for n in ('top-1', 'balanced accuracy')}
+    return report | {n: metrics[n](y, report['predictions']) for n in ('top-1', 'balanced accuracy')}
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #d233dcca
 def evaluate_classifier(

@@ -145,7 +145,7 @@ def p_value(metric:str, a:dict, b:dict)->float:
 def score_interval(metric:str, r:dict)->list: # low, high, percent
     "The 95% interval of one encoder's result, from other test images that might have come."
     y = r['labels']
-    if metric == '11-point mAP': return [100*v for v in bootstrap_interval(map11, y, r['scores'])]
+    if metric == '11-point mAP': return list(bootstrap_interval(map11, y, r['scores']))
     classes = y if metric == 'balanced accuracy' else 0*y                 # else all images count the same
     e = score_estimate((r['predictions'] == y)[None, None], classes)
     return [e.low, e.high]
