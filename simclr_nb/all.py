@@ -7,9 +7,10 @@ __all__ = ['Augmentation', 'simclr_augmentations', 'augmentations_for', 'ImageSe
            'open_image', 'TwoCropDataset', 'train_loader', 'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR',
            'projection_head', 'nt_xent', 'LARS', 'checkpoint_activations', 'memory_per_device', 'simclr_learner',
            'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'OnlineEval', 'OnlineProbe', 'read_history',
-           'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'logistic_regression',
-           'permutation_test', 'finetune', 'label_fraction', 'transfer', 'find_near_duplicates', 'plot_history',
-           'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess', 'convert']
+           'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate', 'EvalSettings', 'linear_evaluation',
+           'ClassifierSettings', 'logistic_regression', 'permutation_test', 'finetune', 'label_fraction',
+           'transfer_table', 'find_near_duplicates', 'plot_history', 'plot_neighbors', 'plot_map', 'project_2d',
+           'html_map', 'load_official', 'preprocess', 'convert']
 
 # %% ../nbs/08_all.ipynb #2dc486e6
 from .augmentations import Augmentation, simclr_augmentations
@@ -26,17 +27,18 @@ from .training.history import read_history
 from .training.online import OnlineEval, OnlineProbe
 from .training.resume import Checkpoints
 from .learner import SimCLRLearner, simclr_learner
-from .evaluation.classifier import supervised_learner
+from .evaluation.classifier import ClassifierSettings, supervised_learner
 from .features.extract import extract_features
 from .features.neighbors import knn_evaluator
 from .features.copies import find_near_duplicates
 from .pictures.pages import html_map
 from .pictures.plots import plot_history, plot_map, plot_neighbors, project_2d
 from .features.metrics import permutation_test
-from .evaluation.linear import compare, linear_evaluation
+from .evaluation.linear import compare_encoders, linear_evaluation
+from .evaluation.protocols import EvalSettings, evaluate
 from .features.logistic import logistic_regression
 from .evaluation.finetune import finetune, label_fraction
-from .evaluation.transfer import transfer
+from .evaluation.transfer import transfer_table
 from .weights.official import load_official, preprocess
 from .weights.export import convert
 
@@ -47,7 +49,8 @@ _all_ = [
     'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR', 'projection_head',
     'nt_xent', 'LARS', 'checkpoint_activations', 'memory_per_device',
     'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'Checkpoints', 'OnlineEval', 'OnlineProbe', 'read_history',
-    'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'logistic_regression', 'permutation_test',
-    'finetune', 'label_fraction', 'transfer', 'find_near_duplicates',
+    'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate', 'EvalSettings',
+    'linear_evaluation', 'ClassifierSettings', 'logistic_regression', 'permutation_test',
+    'finetune', 'label_fraction', 'transfer_table', 'find_near_duplicates',
     'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map',
     'load_official', 'preprocess', 'convert']

@@ -17,7 +17,9 @@ from tyro.conf import Positional, arg
 from ..core import atomic_write, write_json
 from ..encoder import encoder_info, load_encoder
 from ..evaluation.candidates import Found, transform_of, untrained
-from ..evaluation.transfer import pretrained_grid, random_grid, transfer_markdown, transfer_rows
+from ..evaluation.classifier import ClassifierSettings
+from ..evaluation.transfer import (
+    pretrained_grid, random_grid, transfer_markdown, transfer_rows, transfer_table)
 from ..evaluation.transfer_sets import transfer_sets
 from .options import (
     AnyCount, AnyText, Count, Flag, Seed, Workers, check_settings, learning_rate, optional, rate, several)
@@ -30,7 +32,7 @@ def transfer_encoders(found:Found, supervised:str|None, seed:int)->dict: # name 
     encoders['random'] = untrained(found.encoder, seed)
     return {name: e.to(default_device()) for name, e in encoders.items()}
 
-def transfer_grids(encoders, s)->dict: # name to arguments of `finetune`
+def transfer_grids(encoders, s)->dict: # name to fields of `ClassifierSettings`
     "The paper's grids, with what is set in place of theirs."
     given = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size') if getattr(s, k)}
     return {name: (random_grid if name == 'random' else pretrained_grid) | given for name in encoders}
@@ -48,9 +50,10 @@ def run_transfer(
     encoders = transfer_encoders(found, s.supervised, s.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'left out')                # the report says it
-        table = transfer(encoders, s.root, info['size'], names, s.protocol, transfer_grids(encoders, s),
-            seed=s.seed, num_workers=s.num_workers, transform=transform_of(found.encoder), keep=out/'transfer',
-            log=print)
+        settings = ClassifierSettings(crop=.875, seed=s.seed, num_workers=s.num_workers,
+            transform=transform_of(found.encoder))
+        table = transfer_table(encoders, s.root, info['size'], settings, names, s.protocol, transfer_grids(encoders, s),
+            keep=out/'transfer', log=print)
     left_out = table['left_out']
     if len(left_out) == len(names):
         reasons = '; '.join(f'{n}: {why}' for n, why in left_out.items())

@@ -142,18 +142,18 @@ def _swap_counts(y, a, b, metric, samples, rng):
 def accuracy(
     y, # (n,) classes
     pred, # (n,) predicted classes
-)->float: # between 0 and 1
-    "Fraction of correct predictions."
+)->float: # percent
+    "Share of correct predictions, percent."
     y, pred = _pair(y, pred)
-    return float((y == pred).mean())
+    return 100*float((y == pred).mean())
 
 def balanced_accuracy(
     y, # (n,) classes
     pred, # (n,) predicted classes
-)->float: # between 0 and 1
-    "Mean over the classes in y of the accuracy within each."
+)->float: # percent
+    "Mean over the classes in y of the accuracy within each, percent."
     y, pred = _pair(y, pred)
-    return float(np.mean([(pred[y == c] == c).mean() for c in np.unique(y)]))
+    return 100*float(np.mean([(pred[y == c] == c).mean() for c in np.unique(y)]))
 
 # %% ../../nbs/features/02_metrics.ipynb #fc8fc16b
 def permutation_test(
@@ -244,8 +244,8 @@ def _pair(y, pred):
 def map11(
     y, # (n, C) truth, 0 or 1
     scores, # (n, C), larger for likelier
-)->float: # between 0 and 1
-    "11-point mean average precision, as in VOC 2007."
+)->float: # percent
+    "11-point mean average precision, as in VOC 2007, percent."
     order = np.argsort(-to_numpy(scores).astype(float), 0, kind='stable')
     hits = np.take_along_axis(to_numpy(y).astype(float), order, 0)
     if not hits.any(0).all():
@@ -254,7 +254,7 @@ def map11(
     found = hits.cumsum(0)
     precision, recall = found/np.arange(1, len(hits) + 1)[:, None], found/found[-1]
     best = [np.where(recall >= t - 1e-9, precision, 0).max(0) for t in np.linspace(0, 1, 11)]
-    return float(np.mean(best))
+    return 100*float(np.mean(best))
 
 # %% ../../nbs/features/02_metrics.ipynb #746e3370
-metrics = {'top-1': accuracy, 'balanced accuracy': balanced_accuracy, '11-point mAP': map11}
+metrics = dict(top1=accuracy, balanced_accuracy=balanced_accuracy, map11=map11)
