@@ -5,25 +5,33 @@
 # %% auto #0
 __all__ = ['paper_top1', 'looks', 'paper_set', 'paper_numbers', 'seen_unlabeled', 'find_leaks', 'pretraining_complete',
            'report_facts', 'remarks', 'flat_scores', 'draw_scores', 'draw_features', 'draw_geometry', 'write_report',
-           'where_to_look']
+           'where_to_look', 'transfer_encoders', 'transfer_grids', 'run_transfer', 'write_transfer']
 
 # %% ../../nbs/commands/05_report.ipynb #0934eda6
-import re
+import re, warnings
 from pathlib import Path
 
 import numpy as np
+from fastai.torch_core import default_device
 from ..core import atomic_write, plural, shown, write_json
-from ..encoder import encoder_info
+from ..encoder import encoder_info, load_encoder
 from ..data.sources import load_images, presets
-from ..training.history import read_history
 from ..features.copies import find_near_duplicates
 from ..features.neighbors import nearest_to_each
 from ..pictures.pages import html_map
 from ..pictures.plots import (
     plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors, plot_scores,
     plot_spectrum, project_2d, protocol_names, save_figure)
-from ..evaluation.protocols import EvalSuite, Evaluation, scores_table
 from ..training.folder import evaluation_figures, read_json
+from ..training.history import read_history
+from ..evaluation.candidates import Found, transform_of, untrained
+from ..evaluation.classifier import ClassifierSettings
+from ..evaluation.protocols import EvalSuite, Evaluation, scores_table
+from ..evaluation.transfer import (
+    pretrained_grid, random_grid, transfer_markdown, transfer_rows, transfer_table)
+from ..evaluation.transfer_sets import transfer_sets
+from .evaluate import Evaluate
+from .paper import Transfer
 
 # %% ../../nbs/commands/05_report.ipynb #1cc17781
 # (set, network, protocol, fraction of the labels): tables 6 and B.4, appendix B.9; ImageNet: 1,000 epochs, linear on h
@@ -88,22 +96,20 @@ def pretraining_complete(run:Path|None)->bool|None: # None: not known
 # %% ../../nbs/commands/05_report.ipynb #b5aafdf4
 def report_facts(
     found:Evaluation,
-    data:str, # where the images come from: a folder, or the name of a preset
-    layer:str='h', # or 'z'
-    leaks:bool=False, # look for test images among the training images however many there are
+    s:Evaluate, # settings
 )->dict: # JSON's types
     "All that a report says."
     suite, encoders = found.suite, found.found
     train, test = suite.train, suite.test
-    images = dict(source=shown(data), train=len(train), test=len(test), classes=train.classes,
-        left_out=suite.unreadable_files, leaks=find_leaks(train, test, leaks))
+    images = dict(source=shown(s.data), train=len(train), test=len(test), classes=train.classes,
+        left_out=suite.unreadable_files, leaks=find_leaks(train, test, s.leaks))
     complete, seen = ([f(x.run, *more) for x in encoders] for f, more in
-                      ((pretraining_complete, ()), (seen_unlabeled, (test, data))))
-    encoder = dict(title=', '.join(f.title for f in encoders), encoder=suite.main, layer=layer, runs=len(encoders),
+                      ((pretraining_complete, ()), (seen_unlabeled, (test, s.data))))
+    encoder = dict(title=', '.join(f.title for f in encoders), encoder=suite.main, layer=s.layer, runs=len(encoders),
         pretraining_complete=None if None in complete else all(complete),
         test_seen_in_pretraining=max((n for n in seen if n is not None), default=None))
-    how = dict(k=suite.s.k, seeds=list(suite.s.seeds), metric='balanced accuracy, %')
-    paper = paper_numbers(data, encoder_info(encoders[0].encoder)['arch'], train.classes) if layer == 'h' else []
+    how = dict(k=s.k, seeds=list(s.seeds), metric='balanced accuracy, %')
+    paper = paper_numbers(s.data, encoder_info(encoders[0].encoder)['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=found.summary, skipped=found.skipped, paper=paper, evaluated_on=images | encoder | how)
 
 # %% ../../nbs/commands/05_report.ipynb #7cce1fb4
@@ -257,3 +263,58 @@ def where_to_look(figures:Path)->list: # of lines
     "The pictures of an evaluation, and what each shows."
     found = {f: text for pattern, text in looks.items() for f in sorted(figures.glob(pattern))}
     return [f'pictures in {figures}:', *(f'  {f.name:22}{text}' for f, text in found.items())]
+
+# %% ../../nbs/commands/05_report.ipynb #a5b54891
+def transfer_encoders(found:Found, supervised:str|None, seed:int)->dict: # name to module
+    "The encoder, one that was trained with labels if there is one, and the network from random weights."
+    encoders = {found.name: found.encoder}
+    if supervised: encoders['supervised'] = load_encoder(supervised)
+    encoders['random'] = untrained(found.encoder, seed)
+    return {name: e.to(default_device()) for name, e in encoders.items()}
+
+def transfer_grids(encoders:dict, s:Transfer)->dict: # name to fields of `ClassifierSettings`
+    "The paper's grids, with what is set in place of theirs."
+    given = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size') if getattr(s, k)}
+    return {name: (random_grid if name == 'random' else pretrained_grid) | given for name in encoders}
+
+# %% ../../nbs/commands/05_report.ipynb #2ccf4f93
+def run_transfer(
+    found:Found,
+    out:Path, # folder; results are kept below it as they come
+    s:Transfer, # settings
+)->tuple: # rows as from `transfer_rows`, and {set: why it is left out}
+    "Table 8 for an encoder."
+    names, info = list(s.sets or transfer_sets), encoder_info(found.encoder)
+    for n in names:
+        if n not in transfer_sets: raise ValueError(f'--sets cannot be {n!r}; there are {", ".join(transfer_sets)}')
+    encoders = transfer_encoders(found, s.supervised, s.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'left out')                # the report says it
+        settings = ClassifierSettings(crop=.875, seed=s.seed, num_workers=s.num_workers,
+            transform=transform_of(found.encoder))
+        table = transfer_table(encoders, s.root, info['size'], settings, names, s.protocol, transfer_grids(encoders, s),
+            keep=out/'transfer', log=print)
+    left_out = table['left_out']
+    if len(left_out) == len(names):
+        reasons = '; '.join(f'{n}: {why}' for n, why in left_out.items())
+        raise ValueError(f'there is none of the sets below {s.root}: {reasons}')
+    return transfer_rows(table, info['arch'], found.name), left_out
+
+# %% ../../nbs/commands/05_report.ipynb #098df113
+def write_transfer(
+    out:Path, # folder
+    found:Found,
+    rows:list, left_out:dict, # from `run_transfer`
+    s:Transfer, # settings
+)->str: # Markdown
+    "transfer.json and transfer.md."
+    settings = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size', 'seed')}
+    write_json(out/'transfer.json', dict(scores=rows, left_out=left_out, settings=settings))
+    parts = [transfer_markdown(rows), 'In parentheses the 95% interval over test images. '
+        f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
+    edges = [f'{r["set"]}, {r["protocol"]}, {r["encoder"]}' for r in rows if r['at_edge']]
+    if edges: parts.append(f'Chosen at the end of its grid, a better value may lie beyond: {"; ".join(edges)}.')
+    if left_out: parts.append(f'Left out: {", ".join(left_out)}.')
+    text = '\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n'
+    atomic_write(out/'transfer.md', text.encode(errors='backslashreplace'))
+    return '\n'.join(parts)
