@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np, torch
 from torch import nn
 from ..core import atomic_write, digest, markdown_table
-from ..data.sets import stratified_split
+from ..data.sets import ImageSet, stratified_split
 from ..features.extract import extract_features, extraction_facts
 from ..features.logistic import choose_penalty, l2_grid, linear_scores
 from ..features.metrics import bootstrap_interval, map11, permutation_test, score_estimate
