@@ -31,7 +31,7 @@ from ..features.spectrum import effective_rank
 from ..learner import ViewsLoss, optimizers, simclr_learner
 from ..evaluation.classifier import supervised_learner
 from ..evaluation.linear import transformation_probe
-from .grids import Training, scales
+from .grids import Training
 
 # %% ../../nbs/studies/02_points.ipynb #66f51a65
 def build_augmentation(t:Training)->Augmentation:
