@@ -30,7 +30,7 @@ from ..features.neighbors import knn_predict
 from ..features.spectrum import effective_rank
 from ..evaluation.linear import transformation_probe
 from ..features.logistic import logistic_regression
-from .grids import Training, scales
+from .grids import Training
 
 # %% ../../nbs/studies/02_points.ipynb #66f51a65
 def build_augmentation(t:Training)->Augmentation:
