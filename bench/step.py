@@ -112,7 +112,7 @@ def trainer(variant, a, n):
         marks('augmentation')
         with torch.autocast(a.device.split(':')[0], torch.bfloat16, enabled='bf16' in has): h, z = model(views)
         marks('forward')
-        loss = nt_xent(z, a.temperature)
+        loss = nt_xent(z, temperature=a.temperature)
         marks('loss')
         loss.backward()
         marks('backward')

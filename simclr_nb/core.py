@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'save_tensors', 'BadCheckpoint', 'to_rgb', 'pixels', 'eval_mode', 'unwrap',
-           'checkpointed', 'get_world_size', 'get_rank', 'Late']
+           'checkpointed', 'get_world_size', 'get_rank', 'DelayedValue']
 
 # %% ../nbs/00a_core.ipynb #5c595801
 import hashlib, importlib, json, os
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist
@@ -271,6 +272,52 @@ def unwrap(
         net = net.module if isinstance(net, wrappers) else net._orig_mod
     return net
 
+# %% ../nbs/00a_core.ipynb #96feb61e
+class Variant:
+    "Base of classes with a `forward` that goes in front of a module's own; the mixtures can be copied and pickled."
+    def __reduce_ex__(self, protocol): return _blank, type(self).__bases__, self.__getstate__()
+
+@cache
+def variant_class(
+    kind:type, # a subclass of `Variant`
+    base:type, # a class of modules
+)->type:
+    "The modules of a class with another `forward`."
+    return type(kind.__name__ + base.__name__, (kind, base), {})
+
+def _blank(kind, base): return object.__new__(variant_class(kind, base))
+
+def _as_class(module, cls):
+    new = object.__new__(cls)
+    new.__setstate__(module.__getstate__())
+    return new
+
+def variant(
+    module:nn.Module, # stays as it is
+    kind:type, # a subclass of `Variant`
+)->nn.Module: # with the same parameters, buffers, children and hooks
+    "A module with another `forward`."
+    return _as_class(module, variant_class(kind, type(module)))
+
+def without_variant(module:nn.Module)->nn.Module:
+    "The module that `variant` was made from, or one like it; a module that is no variant is given back."
+    if not isinstance(module, Variant): return module
+    return _as_class(module, next(c for c in type(module).__mro__ if not issubclass(c, Variant)))
+
+# %% ../nbs/00a_core.ipynb #6936ba6f
+def replace_modules(
+    model:nn.Module, # its children are replaced in place, as by PyTorch's `convert_sync_batchnorm`
+    new, # a function of a module: what takes its place, or the module itself
+)->nn.Module: # the model; or what takes its place
+    "Put other modules in the places of some; one that stands in two places is replaced by one."
+    places = list(model.named_modules(remove_duplicate=False))
+    instead = {module: new(module) for _, module in places}
+    for name, module in places:
+        if name and instead[module] is not module:
+            parent, _, own = name.rpartition('.')
+            setattr(model.get_submodule(parent), own, instead[module])
+    return instead[model]
+
 # %% ../nbs/00a_core.ipynb #6ce153de
 @contextmanager
 def _held_statistics(model):
@@ -319,7 +366,7 @@ def markdown_table(
     return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
 
 # %% ../nbs/00a_core.ipynb #699832bb
-class Late:
+class DelayedValue:
     "A value on its way from its device to the CPU."
     def __init__(self): self.value = self.arrived = None
     def put(self, x:torch.Tensor):

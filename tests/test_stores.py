@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from simclr_nb.commands import main as cli
 from simclr_nb.data import stores
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
-from simclr_nb.training.history import History, read_history
+from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.data.datasets import TwoCropDataset, train_loader
 from simclr_nb.data.sources import load_images
 from simclr_nb.features.extract import extract_features
@@ -218,20 +218,21 @@ def arguments(source, out, **more):
             *(str(w) for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v))]
 
 
-def a_run(source, out, kill_at=None, more={}):
+def a_run(source, out, kill_at=None, more=None):
     torch.set_num_threads(1)
     if kill_at:
-        write_line = History.after_batch
+        write_line = HistoryCallback.after_batch
         def deadly(self):
             write_line(self)
             if self.learn.step == kill_at: os.kill(os.getpid(), 9)
-        History.after_batch = deadly
-    cli.main(arguments(source, out, **more))
+        HistoryCallback.after_batch = deadly
+    cli.main(arguments(source, out, **(more or {})))
 
 
 def preloaded():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
+    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume',
+                                    'simclr_nb.features.extract'])
     return context
 
 

@@ -23,11 +23,10 @@ from ..data.sets import ImageSet, stratified_split
 from ..data.sources import load_images
 from ..features.extract import extract_features
 from ..features.metrics import check_classes, check_features, check_number, metrics
-from ..training.callbacks import MeanMetric
-from ..training.checks import SanityChecks
+from ..training.callbacks import MeanMetric, SanityChecksCallback, StepScheduleCallback
 from ..training.loaders import adapt_encoder, recipe_for, train_dls
 from ..training.online import zero_linear
-from ..learner import SimCLRLearner, StepSchedule, ViewsCallback, contrastive_learner
+from ..learner import SimCLRLearner, ViewsCallback, contrastive_learner
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #7c9a0588
 class LabelLoss(nn.Module):
@@ -66,7 +65,7 @@ def supervised_learner(
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     layout = safe_layout(model)
     return contrastive_learner(dls, model.to(memory_format=layout), loss, [metric], [ViewsCallback(augment, seed, layout)],
-        kwargs.pop('metrics', None), **kwargs)
+        **kwargs)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #3fb64c67
 def n_outputs(images:ImageSet)->int:
@@ -172,12 +171,12 @@ def classifier_learner(
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
     groups = partial(_decay_groups, trained=trained, wd=wd)
     return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=groups,
-                         cbs=[ViewsCallback(augment, seed), SanityChecks()])
+                         cbs=[ViewsCallback(augment, seed), SanityChecksCallback()])
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #9ea5f5af
 def fit_cosine(learn:SimCLRLearner, epochs:int, lr:float):
     "Train without warm-up, along a cosine to zero, quietly."
-    schedule = StepSchedule(learn.steps_in(epochs), 0, lr)
+    schedule = StepScheduleCallback(learn.steps_in(epochs), 0, lr)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr=lr, cbs=schedule)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #66be9cb5
