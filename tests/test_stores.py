@@ -188,7 +188,7 @@ class Silent:
 
 
 def test_a_store_that_stops_answering_ends_the_run_and_takes_no_other_picture(folder, monkeypatch):
-    monkeypatch.setattr(stores, 'pauses', (.01,))
+    monkeypatch.setattr('simclr_nb.data.files.pauses', (.01,))
     silent = Silent(folder, 5)
     files = load_images('memory://stores').files
     monkeypatch.setattr(type(files), 'read', lambda self, i: stores.answer(lambda: silent(i), self.address(i)))
