@@ -5,27 +5,33 @@
 # %% auto #0
 __all__ = ['paper_top1', 'looks', 'paper_set', 'paper_numbers', 'as_markdown', 'seen_unlabeled', 'find_leaks',
            'pretraining_complete', 'report_facts', 'remarks', 'flat_scores', 'draw_scores', 'draw_features',
-           'draw_geometry', 'write_report', 'where_to_look', 'make_suite']
+           'draw_geometry', 'write_report', 'where_to_look', 'make_suite', 'transfer_encoders', 'transfer_grids',
+           'run_transfer', 'write_transfer']
 
 # %% ../../nbs/commands/05_report.ipynb #0934eda6
-import re
+import re, warnings
 from pathlib import Path
 
 import numpy as np
-from ..core import atomic_write, plural, shown, write_json
-from ..encoder import encoder_info
+from fastai.torch_core import default_device
+from ..core import atomic_write, markdown_table, plural, shown, write_json
+from ..encoder import encoder_info, load_encoder
 from ..data.sources import load_images, presets
-from ..training.history import read_history
 from ..features.copies import find_near_duplicates
-from ..core import markdown_table
 from ..features.neighbors import NeighborIndex
 from ..pictures.pages import html_map
 from ..pictures.plots import (
     plot_alignment_uniformity, plot_confusion, plot_label_fractions, plot_map, plot_neighbors, plot_scores,
     plot_spectrum, project_2d, protocol_names, save_figure)
-from ..evaluation.protocols import EvalSuite, summarize
 from ..training.folder import evaluation_figures, read_json
-from ..evaluation.candidates import candidates
+from ..training.history import read_history
+from ..evaluation.candidates import Found, candidates, transform_of, untrained
+from ..evaluation.protocols import EvalSuite, summarize
+from ..evaluation.transfer import (
+    pretrained_grid, random_grid, transfer as transfer_table, transfer_markdown, transfer_rows)
+from ..evaluation.transfer_sets import transfer_sets
+from .evaluate import Evaluate
+from .paper import Transfer
 
 # %% ../../nbs/commands/05_report.ipynb #1cc17781
 # (set, network, protocol, fraction of the labels): tables 6 and B.4, appendix B.9; ImageNet: 1,000 epochs, linear on h
@@ -120,7 +126,7 @@ def report_facts(
     suite:EvalSuite,
     found:list, # of `Found`
     rows:list, skipped:dict, # from `run_protocols`
-    s, # settings
+    s:Evaluate, # settings
 )->dict: # JSON's types
     "All that a report says."
     train, test = suite.train, suite.test
@@ -293,9 +299,63 @@ def where_to_look(figures:Path)->list: # of lines
 def make_suite(
     found:list, # of `Found`
     train, test, # sets with labels
-    s, # settings
+    s:Evaluate, # settings
 )->EvalSuite:
     "Encoders and baselines on a data set."
     both = candidates(found, s.baselines, s.layer, s.crop, 64 if len(train) <= 2_000 else 16)
     return EvalSuite(both, train, test, found[0].name, s.k, s.num_workers, s.linear_epochs, s.finetune_epochs,
         s.rates or None)
+
+# %% ../../nbs/commands/05_report.ipynb #a5b54891
+def transfer_encoders(found:Found, supervised:str|None, seed:int)->dict: # name to module
+    "The encoder, one that was trained with labels if there is one, and the network from random weights."
+    encoders = {found.name: found.encoder}
+    if supervised: encoders['supervised'] = load_encoder(supervised)
+    encoders['random'] = untrained(found.encoder, seed)
+    return {name: e.to(default_device()) for name, e in encoders.items()}
+
+def transfer_grids(encoders:dict, s:Transfer)->dict: # name to arguments of `finetune`
+    "The paper's grids, with what is set in place of theirs."
+    given = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size') if getattr(s, k)}
+    return {name: (random_grid if name == 'random' else pretrained_grid) | given for name in encoders}
+
+# %% ../../nbs/commands/05_report.ipynb #2ccf4f93
+def run_transfer(
+    found:Found,
+    out:Path, # folder; results are kept below it as they come
+    s:Transfer, # settings
+)->tuple: # rows as from `transfer_rows`, and {set: why it is left out}
+    "Table 8 for an encoder."
+    names, info = list(s.sets or transfer_sets), encoder_info(found.encoder)
+    for n in names:
+        if n not in transfer_sets: raise ValueError(f'--sets cannot be {n!r}; there are {", ".join(transfer_sets)}')
+    encoders = transfer_encoders(found, s.supervised, s.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'left out')                # the report says it
+        table = transfer_table(encoders, s.root, info['size'], names, s.protocol, transfer_grids(encoders, s),
+            seed=s.seed, num_workers=s.num_workers, transform=transform_of(found.encoder), keep=out/'transfer',
+            log=print)
+    left_out = table['left_out']
+    if len(left_out) == len(names):
+        reasons = '; '.join(f'{n}: {why}' for n, why in left_out.items())
+        raise ValueError(f'there is none of the sets below {s.root}: {reasons}')
+    return transfer_rows(table, info['arch'], found.name), left_out
+
+# %% ../../nbs/commands/05_report.ipynb #098df113
+def write_transfer(
+    out:Path, # folder
+    found:Found,
+    rows:list, left_out:dict, # from `run_transfer`
+    s:Transfer, # settings
+)->str: # Markdown
+    "transfer.json and transfer.md."
+    settings = {k: getattr(s, k) for k in ('lr', 'wd', 'steps', 'batch_size', 'seed')}
+    write_json(out/'transfer.json', dict(scores=rows, left_out=left_out, settings=settings))
+    parts = [transfer_markdown(rows), 'In parentheses the 95% interval over test images. '
+        f'~ marks what is not clearly different from {found.name} (permutation test, p > 0.05).']
+    edges = [f'{r["set"]}, {r["protocol"]}, {r["encoder"]}' for r in rows if r['at_edge']]
+    if edges: parts.append(f'Chosen at the end of its grid, a better value may lie beyond: {"; ".join(edges)}.')
+    if left_out: parts.append(f'Left out: {", ".join(left_out)}.')
+    text = '\n\n'.join([f'# {found.title}, transfer', *parts]) + '\n'
+    atomic_write(out/'transfer.md', text.encode(errors='backslashreplace'))
+    return '\n'.join(parts)

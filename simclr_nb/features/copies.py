@@ -15,7 +15,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from ..core import TooFewImages, digest, listing, shown
-from ..augmentations import keyed_rng
+from ..augmentations import Stream, keyed_rng
 from ..data.files import BadImage
 from ..data.sets import ImageSet
 from .neighbors import NeighborIndex, without_self
@@ -174,7 +174,7 @@ def sample_blocks(
 )->list: # indices, ascending
     "Some files, in blocks."
     if n <= most: return list(range(n))
-    places = keyed_rng(seed, view=2**32 + 6).permutation(n//block)[:most//block]
+    places = keyed_rng(seed, view=Stream.SAMPLE).permutation(n//block)[:most//block]
     return sorted(int(p)*block + k for p in places for k in range(block))
 
 # %% ../../nbs/features/06_copies.ipynb #99582ab0
