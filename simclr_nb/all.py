@@ -7,10 +7,10 @@ __all__ = ['Augmentation', 'simclr_augmentations', 'augmentations_for', 'ImageSe
            'open_image', 'TwoCropDataset', 'train_loader', 'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR',
            'projection_head', 'nt_xent', 'NTXentLoss', 'LARS', 'checkpoint_activations', 'memory_per_device',
            'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'CheckpointsCallback', 'OnlineEvalCallback',
-           'OnlineProbeCallback', 'read_history', 'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation',
-           'NeighborClassifier', 'LogisticClassifier', 'permutation_test', 'finetune', 'label_fraction', 'transfer',
-           'find_near_duplicates', 'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map',
-           'load_official', 'preprocess', 'convert']
+           'OnlineProbeCallback', 'read_history', 'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate',
+           'EvalSettings', 'linear_evaluation', 'ClassifierSettings', 'NeighborClassifier', 'LogisticClassifier',
+           'permutation_test', 'finetune', 'label_fraction', 'transfer_table', 'find_near_duplicates', 'plot_history',
+           'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess', 'convert']
 
 # %% ../nbs/08_all.ipynb #2dc486e6
 from .augmentations import Augmentation, simclr_augmentations
@@ -36,10 +36,11 @@ from .training.memory import checkpoint_activations, memory_per_device
 from .training.online import OnlineEvalCallback, OnlineProbeCallback
 from .training.resume import CheckpointsCallback
 from .learner import SimCLRLearner, simclr_learner
-from .evaluation.classifier import supervised_learner
+from .evaluation.classifier import ClassifierSettings, supervised_learner
 from .evaluation.finetune import finetune, label_fraction
-from .evaluation.linear import compare, linear_evaluation
-from .evaluation.transfer import transfer
+from .evaluation.linear import compare_encoders, linear_evaluation
+from .evaluation.protocols import EvalSettings, evaluate
+from .evaluation.transfer import transfer_table
 
 # %% ../nbs/08_all.ipynb #1d22f999
 _all_ = [
@@ -49,8 +50,8 @@ _all_ = [
     'nt_xent', 'NTXentLoss', 'LARS', 'checkpoint_activations', 'memory_per_device',
     'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'CheckpointsCallback', 'OnlineEvalCallback',
     'OnlineProbeCallback', 'read_history',
-    'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'NeighborClassifier', 'LogisticClassifier',
-    'permutation_test',
-    'finetune', 'label_fraction', 'transfer', 'find_near_duplicates',
+    'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate', 'EvalSettings',
+    'linear_evaluation', 'ClassifierSettings', 'NeighborClassifier', 'LogisticClassifier', 'permutation_test',
+    'finetune', 'label_fraction', 'transfer_table', 'find_near_duplicates',
     'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map',
     'load_official', 'preprocess', 'convert']

@@ -259,7 +259,7 @@ class SimCLRLearner(ViewsLearner):
     def to_fp16(self, **kwargs): return self.add_cb(PrecisionCallback('fp16', **kwargs))
     def validate(self, *args, **kwargs):
         raise ValueError('there is nothing to validate: the loss measures the pretext task on training images. '
-                         'Evaluate learn.encoder, with simclr_nb.evaluation.linear.compare for example')
+                         'Evaluate learn.encoder, with simclr_nb.evaluation.protocols.evaluate for example')
     def export(self, *args, **kwargs):
         raise ValueError('a pickled Learner would hold the loaders and their augmentations: '
                          'save what was learned with learn.save_encoder(path)')

@@ -120,7 +120,7 @@ def accuracy(
     y, # (n,) classes
     pred, # (n,) predicted classes
 )->float: # percent
-    "How many of the predictions are correct."
+    "Share of correct predictions, percent."
     y, pred = _pair(y, pred)
     return 100*float((y == pred).mean())
 
@@ -128,7 +128,7 @@ def balanced_accuracy(
     y, # (n,) classes
     pred, # (n,) predicted classes
 )->float: # percent
-    "Mean over the classes in y of the accuracy within each."
+    "Mean over the classes in y of the accuracy within each, percent."
     y, pred = _pair(y, pred)
     return 100*float(np.mean([(pred[y == c] == c).mean() for c in np.unique(y)]))
 
@@ -137,7 +137,7 @@ def map11(
     y, # (n, C) truth, 0 or 1
     scores, # (n, C), larger for likelier
 )->float: # percent
-    "11-point mean average precision, as in VOC 2007."
+    "11-point mean average precision, as in VOC 2007, percent."
     order = np.argsort(-to_numpy(scores).astype(float), 0, kind='stable')
     hits = np.take_along_axis(to_numpy(y).astype(float), order, 0)
     if not hits.any(0).all():
@@ -149,8 +149,7 @@ def map11(
     return 100*float(np.mean(best))
 
 # %% ../../nbs/features/02_metrics.ipynb #746e3370
-metrics = { # name to a function of truth and predictions, percent
-    'top-1': accuracy, 'balanced accuracy': balanced_accuracy, '11-point mAP': map11}
+metrics = dict(top1=accuracy, balanced_accuracy=balanced_accuracy, map11=map11)   # of truth and predictions, percent
 
 # %% ../../nbs/features/02_metrics.ipynb #9b36b74b
 def _swap_each(y, a, b, metric, samples, rng):
