@@ -165,4 +165,4 @@ def test_names_that_are_not_utf8_are_drawn(tmp_path):
     save_figure(plot_label_fractions({'caf\udce9': {.1: (50., 1.)}}), tmp_path/'fractions.png')
     images = [Image.new('RGB', (8, 8))]*6
     page = html_map(tmp_path/'map.html', xy, images, y, names, title='caf\udce9').read_bytes().decode()
-    assert r'caf\\xe9' in page
+    assert r'caf\\udce9' in page

@@ -19,6 +19,7 @@ from ..encoder import encoder_info, load_encoder
 from ..projection import projection_head
 from ..weights.files import load_head, pretrained, reinit
 from ..weights.official import preprocess
+from ..data.channels import with_channels
 from ..data.sets import ImageSet
 from ..training.folder import read_json, run_folder
 
@@ -192,7 +193,7 @@ def read_as(
 )->ImageSet:
     "A set, read as the one on which an encoder was trained."
     info = encoder_info(encoder)
-    return images.with_channels(info['channels'], **info['pixels']) if info.get('pixels') else images
+    return with_channels(images, info['channels'], **info['pixels']) if info.get('pixels') else images
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
 def pixels_encoder(

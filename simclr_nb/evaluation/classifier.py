@@ -16,18 +16,17 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random, trainable_params
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from ..core import TooFewImages, listing, printable
+from ..core import TooFewImages, listing, shown
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from ..encoder import build_encoder, feature_dim, safe_layout
 from ..data.sets import ImageSet, stratified_split
 from ..data.sources import load_images
 from ..features.extract import extract_features
 from ..features.metrics import check_classes, check_features, check_number, metrics
-from ..training.callbacks import MeanMetric
-from ..training.checks import SanityChecks
+from ..training.callbacks import MeanMetric, SanityChecksCallback, StepScheduleCallback
 from ..training.loaders import adapt_encoder, recipe_for, train_dls
 from ..training.online import zero_linear
-from ..learner import SimCLRLearner, StepSchedule, ViewsCallback, contrastive_learner
+from ..learner import SimCLRLearner, ViewsCallback, contrastive_learner
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #7c9a0588
 class LabelLoss(nn.Module):
@@ -66,7 +65,7 @@ def supervised_learner(
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     layout = safe_layout(model)
     return contrastive_learner(dls, model.to(memory_format=layout), loss, [metric], [ViewsCallback(augment, seed, layout)],
-        kwargs.pop('metrics', None), **kwargs)
+        **kwargs)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #3fb64c67
 def n_outputs(images:ImageSet)->int:
@@ -118,7 +117,7 @@ def check_labels(train:ImageSet, test:ImageSet):
 
 def _names(images, classes):
     "The names of some classes."
-    return [printable(images.classes[c]) if images.classes else str(c) for c in classes]
+    return [shown(images.classes[c]) if images.classes else str(c) for c in classes]
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #f1906efc
 class Frozen(nn.Module):
@@ -172,12 +171,12 @@ def classifier_learner(
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
     groups = partial(_decay_groups, trained=trained, wd=wd)
     return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=groups,
-                         cbs=[ViewsCallback(augment, seed), SanityChecks()])
+                         cbs=[ViewsCallback(augment, seed), SanityChecksCallback()])
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #9ea5f5af
 def fit_cosine(learn:SimCLRLearner, epochs:int, lr:float):
     "Train without warm-up, along a cosine to zero, quietly."
-    schedule = StepSchedule(learn.steps_in(epochs), 0, lr)
+    schedule = StepScheduleCallback(learn.steps_in(epochs), 0, lr)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr=lr, cbs=schedule)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #66be9cb5
@@ -223,7 +222,7 @@ def select_on_val(
         part, held_out = stratified_split(train, fraction, seed) if val is None else (train, val)
         tried = {o: _try(run, part, held_out, o, metric) for o in options}
     chosen = max(options, key=tried.get) if tried else options[0]
-    everything = train if val is None else joined(train, val)
+    everything = train if val is None else train.joined(val)
     return run(everything, test, chosen) | dict(chosen=chosen, tried=tried, at_edge=_at_edge(chosen, tried))
 
 def _try(run, train, test, option, metric):
@@ -237,10 +236,6 @@ def _at_edge(chosen, tried)->list:
     return [v for v, grid in zip(parts(chosen), grids) if len(grid) > 2 and v and v in (grid[0], grid[-1])]
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #6a42c72b
-def joined(a:ImageSet, b:ImageSet)->ImageSet:
-    "Both sets as one."
-    return ImageSet(a.files + b.files, np.concatenate([a.labels, b.labels]), a.classes)
-
 def as_options(x)->list:
     "One value or several, as a list."
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else [x]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from ..core import TooFewImages, plural, printable
-from ..augmentations import keyed_rng
+from ..core import TooFewImages, plural, shown
+from ..augmentations import Stream, keyed_rng
 from ..lars import scale_lr
 from ..data.sets import ImageSet
 from ..features.metrics import check_number
@@ -47,13 +47,13 @@ def label_indices(
     counts = np.bincount(images.labels, minlength=n_outputs(images))
     each = max(1, round(fraction*len(images)/len(counts)))
     _check_counts(images, counts, each, fraction)
-    order = keyed_rng(seed, view=2**32 + 3).permutation(len(images))
+    order = keyed_rng(seed, view=Stream.LABELS).permutation(len(images))
     return sorted(i for c in range(len(counts)) for i in order[images.labels[order] == c][:each])
 
 def _check_counts(images, counts, each, fraction):
     for c, n in enumerate(counts):
         if n >= each and round(fraction*n) >= 1: continue
-        name = printable(images.classes[c]) if images.classes else c
+        name = shown(images.classes[c]) if images.classes else c
         raise TooFewImages(f'class {name} has {plural(n, "image")}: too few for {each} in a fraction of {fraction:g}, '
                          f'since {fraction:g} of {n} is {fraction*n:.2g}. '
                          'Take a larger fraction, add images of that class, or leave it out')
@@ -70,7 +70,7 @@ def _listed(images, path):
                          'a list of names cannot choose among them')
     lost = [n for n in names if n not in where]
     if lost:
-        some = ', '.join(map(printable, lost[:5])) + (', …' if len(lost) > 5 else '')
+        some = ', '.join(map(shown, lost[:5])) + (', …' if len(lost) > 5 else '')
         raise ValueError(f'{len(lost)} of the {len(names)} names in {path} are no images of this set: {some}. '
                          'Is it the list for this set, and the whole training part?')
     return sorted({where[n] for n in names})

@@ -15,15 +15,15 @@ from zipfile import BadZipFile
 
 import numpy as np, torch
 from torch import nn
-from .. import __version__
 from ..core import atomic_write, digest, markdown_table
 from ..data.sets import stratified_split
 from ..features.extract import extract_features, extraction_facts
 from ..features.logistic import choose_penalty, l2_grid, linear_scores
 from ..features.metrics import bootstrap_interval, map11, permutation_test, score_estimate
-from .classifier import check_sets, classification_report, joined
+from .classifier import check_sets, classification_report
 from .finetune import finetune
 from .transfer_sets import find_transfer, transfer_sets
+from .. import __version__
 
 # %% ../../nbs/evaluation/07_transfer.ipynb #38c0617c
 def transfer_linear(
@@ -40,7 +40,7 @@ def transfer_linear(
 )->dict: # as from `classification_report`, with 'idxs', 'chosen', 'tried' and 'at_edge'
     "Logistic regression on frozen features, its penalty chosen on validation images."
     train, val, test = splits['train'], splits['val'], splits['test']
-    check_sets(train if val is None else joined(train, val), test)
+    check_sets(train if val is None else train.joined(val), test)
     if val is None: train, val = stratified_split(train, fraction, seed)
     def features(s):
         h, i = extract_features(encoder, s, size, crop, num_workers=num_workers, transform=transform)
@@ -110,7 +110,7 @@ def transfer(
     for n, p, w in product(found, protocols, encoders):
         splits, metric = found[n], transfer_sets[n].metric
         args = (linear or {}) if p == 'linear' else dict(crop=crop) | grids.get(w, pretrained_grid)
-        images = reduce(joined, filter(None, splits.values()))
+        images = reduce(ImageSet.joined, filter(None, splits.values()))
         facts = [__version__, size, seed, args, _labeling(splits),
                  extraction_facts(encoders[w], images, size, crop, transform)]
         run = partial(_transfer_one, p, encoders[w], splits, metric, size, seed=seed,

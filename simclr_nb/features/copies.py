@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from ..core import TooFewImages, digest, listing, shown
-from ..augmentations import keyed_rng
+from ..augmentations import Stream, keyed_rng
 from ..data.files import BadImage
 from ..data.sets import ImageSet
 from .neighbors import nearest, neighbors_of_each
@@ -84,7 +84,7 @@ def sample_blocks(
 )->list: # indices, ascending
     "Some files, in blocks."
     if n <= most: return list(range(n))
-    places = keyed_rng(seed, view=2**32 + 6).permutation(n//block)[:most//block]
+    places = keyed_rng(seed, view=Stream.SAMPLE).permutation(n//block)[:most//block]
     return sorted(int(p)*block + k for p in places for k in range(block))
 
 # %% ../../nbs/features/06_copies.ipynb #99582ab0
@@ -194,7 +194,7 @@ def find_copies(
     kept = [i for i in range(len(images)) if i not in spare]
     found = [Copy(same[0], i, 1., 1., 'same bytes') for same in twins for i in same[1:]]
     if len(kept) < 3: return found
-    pairs = _alike(ImageSet([images.files[i] for i in kept]), h[kept], k, ratio)
+    pairs = _alike(images.subset(kept), h[kept], k, ratio)
     pairs = [c._replace(first=kept[c.first], second=kept[c.second]) for c in pairs]
     return found + sorted(pairs, key=lambda c: (c.reason != 'same picture', -c.pixels))
 

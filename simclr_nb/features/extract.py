@@ -15,8 +15,9 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from ..core import digest, eval_mode, printable, write_json
-from ..data.datasets import default_workers, eval_loader
+from ..core import digest, eval_mode, shown, write_json
+from ..data.datasets import eval_loader
+from ..data.workers import default_workers
 from ..data.files import BadImage
 from ..data.sets import ImageSet
 from .metrics import NotFinite, check_number
@@ -63,7 +64,7 @@ def _check_output(h, images, idxs, name=''):
         bad = idxs[~h.isfinite().all(1).cpu()].tolist()
         if not bad: return
         raise NotFinite(f'the features{name} of {len(bad)} of {len(h)} images are not finite (NaN or infinite), '
-                        f'the first is {printable(images.files[bad[0]])}: did training diverge, are weights damaged, '
+                        f'the first is {shown(images.files[bad[0]])}: did training diverge, are weights damaged, '
                         'or is the precision too low?')
     got = f'a tensor {tuple(h.shape)}' if isinstance(h, Tensor) else f'a {type(h).__name__}'
     advice = 'Pool and flatten its output.'

@@ -210,7 +210,7 @@ def knn_evaluator(
     seed:int=0, # of the split
     num_workers:int|None=None,
 ): # a function of an encoder: balanced accuracy of its nearest neighbors, percent
-    "A quick look at an encoder on a part of the training images, for `OnlineEval`."
+    "A quick look at an encoder on a part of the training images, for `OnlineEvalCallback`."
     if images.labels is None: raise ValueError('nearest neighbors need labels: '
         'give an ImageSet that has them, from a folder with one subfolder for each class')
     some = stratified_split(images, most/len(images), seed)[1] if len(images) > most else images

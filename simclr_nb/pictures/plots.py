@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
-from ..core import printable
+from ..core import need, shown
 from ..data.sets import ImageSet
 from ..features.metrics import check_features
 from ..features.neighbors import nearest
@@ -71,7 +71,7 @@ def _score_bars(ax, scores, name, j, n):
     x = [i + (j - (n - 1)/2)*.8/n for i, _ in there]
     mean, low, high = np.array([v if isinstance(v, tuple) else (v, v, v) for _, v in there]).T
     error = [mean - low, high - mean] if (high > low).any() else None
-    bars = ax.bar(x, mean, .75/n, yerr=error, error_kw=dict(lw=1, ecolor='.2'), label=printable(name),
+    bars = ax.bar(x, mean, .75/n, yerr=error, error_kw=dict(lw=1, ecolor='.2'), label=shown(name),
                   color=colors.get(name))
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
 
@@ -130,10 +130,8 @@ def _tsne(h, seed):
     return TSNE(metric='cosine', init='pca', perplexity=perplexity, random_state=seed).fit_transform(h)
 
 def _umap(h, seed):
-    try: from umap import UMAP
-    except ImportError:
-        raise ImportError("method='umap' needs a package: pip install umap-learn, or take 'tsne' or 'pca'") from None
-    return UMAP(metric='cosine', n_neighbors=min(15, len(h) - 1), random_state=seed, n_jobs=1).fit_transform(h)
+    umap = need('umap', 'maps', "method='umap'")
+    return umap.UMAP(metric='cosine', n_neighbors=min(15, len(h) - 1), random_state=seed, n_jobs=1).fit_transform(h)
 
 _projections = dict(tsne=_tsne, umap=_umap, pca=_pca)
 
@@ -153,7 +151,7 @@ def _lay(ax, image, x, y, color, half=.023):
 # %% ../../nbs/pictures/01_plots.ipynb #7ac3d1f0
 def _dots(ax, xy, labels, classes):
     for c, color in enumerate(palette(labels.max() + 1)):
-        name = None if classes is None else printable(classes[c])
+        name = None if classes is None else shown(classes[c])
         ax.scatter(*xy[labels == c].T, s=9, color=color, label=name, linewidths=0)
     if classes is not None and len(classes) <= 20: _legend_beside(ax, markerscale=2)
     width, height = np.ptp(xy, 0)
@@ -191,7 +189,7 @@ def plot_confusion(
     classes:list, # their names
 ): # the figure
     "How the images of each class were classified, in percent of its images; rows sum to 100."
-    classes = [printable(c) for c in classes]
+    classes = [shown(c) for c in classes]
     counts = confusion_matrix(labels, predictions, labels=range(len(classes)))
     percent, side = 100*counts/counts.sum(1, keepdims=True).clip(1), np.clip(.62*len(classes), 2, 8)
     fig, ax = plt.subplots(figsize=(side + 1.6, side + .9), layout='constrained')
@@ -218,7 +216,7 @@ def plot_label_fractions(
         x, (mean, *bars) = sorted(points), np.array([points[p] for p in sorted(points)]).T
         error = bars[0] if len(bars) == 1 else [mean - bars[0], bars[1] - mean]
         ax.errorbar(100*np.array(x), mean, error, fmt='os^Dv'[j % 5] + '-', ms=5, capsize=3,
-                    label=printable(name), color=colors.get(name, plt.cm.tab10(j)))
+                    label=shown(name), color=colors.get(name, plt.cm.tab10(j)))
     ticks = sorted({100*x for points in curves.values() for x in points})
     _plain(ax, xscale='log', xlabel='labeled images used, %', ylabel='balanced accuracy, %')
     ax.set(xticks=ticks, xticklabels=[f'{t:g}' for t in ticks])
@@ -237,7 +235,7 @@ def plot_spectrum(
         ratio = (s/s[0].clamp(min=1e-300)).square()
         ratio = torch.where(ratio > 0, ratio, torch.nan)
         ax.plot(range(1, len(s) + 1), ratio, lw=1.8, color=colors.get(name, plt.cm.tab10(j)),
-                label=f'{printable(name)}: {effective_rank(h):.0f} of {len(s)}')
+                label=f'{shown(name)}: {effective_rank(h):.0f} of {len(s)}')
     _plain(ax, yscale='log', ylim=(1e-9, 2), xlabel='eigenvalue, by size', ylabel='of the covariance, first = 1')
     _legend_beside(ax, title='effective rank', alignment='left')
     return fig
@@ -260,16 +258,16 @@ def plot_history(
     histories:dict, # name of a run to what `read_history` returns
 ): # the figure
     "One or several runs side by side, a panel for each column that holds numbers."
-    shown = [c for c in _panels if any(_measured(h, c) for h in histories.values())]
-    if not shown: raise ValueError('there is nothing to draw: no history holds a number')
-    columns, n = -(-len(shown)//2), len(histories)
+    panels = [c for c in _panels if any(_measured(h, c) for h in histories.values())]
+    if not panels: raise ValueError('there is nothing to draw: no history holds a number')
+    columns, n = -(-len(panels)//2), len(histories)
     fig, axs = plt.subplots(2, columns, figsize=(3*columns, 4.6), layout='constrained', squeeze=False)
-    for ax, c in zip(axs.flat, shown):
+    for ax, c in zip(axs.flat, panels):
         for i, (name, h) in enumerate(histories.items()):
-            if _measured(h, c): _curve(ax, h, c, color=f'C{i}', lw=1.2 + .9*(n - 1 - i), label=printable(name))
+            if _measured(h, c): _curve(ax, h, c, color=f'C{i}', lw=1.2 + .9*(n - 1 - i), label=shown(name))
         _plain(ax, xlabel='epoch')
         ax.set_title(_panels[c], fontsize=10)
-    for ax in axs.flat[len(shown):]: ax.axis('off')
+    for ax in axs.flat[len(panels):]: ax.axis('off')
     if n > 1: axs.flat[0].legend(frameon=False, fontsize=8)
     return fig
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np, torch
 from torch import Tensor
-from ..core import atomic_write, plural, printable, shown
+from ..core import atomic_write, plural, shown
 from ..data.sets import ImageSet
 from ..features.copies import copy_groups, find_copies
 from ..features.logistic import feature_scale, logistic_path, logistic_regression
@@ -133,7 +133,7 @@ def _suspects(labels, h, kept, seed):
 # %% ../../nbs/using/02_curate.ipynb #7101e510
 def _path(c, i): return shown(c.images.files[i].resolve())
 
-def _class(c, label): return printable(c.images.classes[label]) if c.images.classes else str(label)
+def _class(c, label): return shown(c.images.classes[label]) if c.images.classes else str(label)
 
 def copy_rows(c:Curation)->list: # of lists, the first one the header
     "What duplicates.csv holds: the pairs, group by group."

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from ..core import (
-    TooFewImages, atomic_write, markdown_table, printable, read_description, save_tensors, shown)
+    TooFewImages, atomic_write, markdown_table, need, read_description, save_tensors, shown)
 from ..data.files import BadImage
 from ..data.sets import ImageSet
 from ..features.extract import encoder_facts, extract_features
@@ -40,10 +40,7 @@ def check_vectors_file(path:str|Path)->Path:
     path = Path(path)
     if path.suffix not in ('.safetensors', '.npz', '.parquet'):
         raise ValueError(f'vectors are written as .safetensors, .npz or .parquet; got {path.name}')
-    if path.suffix == '.parquet':
-        try: import pyarrow.parquet
-        except ImportError as e:
-            raise ImportError("Parquet needs another package: pip install 'simclr_nb[parquet]'") from e
+    if path.suffix == '.parquet': need('pyarrow.parquet', 'parquet', 'Parquet')
     return path
 
 # %% ../../nbs/using/01_vectors.ipynb #be132d36
@@ -247,7 +244,7 @@ def labels_of(
     "The class names of the images that have vectors."
     if images.labels is None or images.labels.ndim != 1: return None
     names = images.classes or range(int(images.labels.max()) + 1)
-    known = {shown(f.resolve()): printable(names[c]) for f, c in zip(images.files, images.labels.tolist())}
+    known = {shown(f.resolve()): shown(names[c]) for f, c in zip(images.files, images.labels.tolist())}
     return [known[path] for path in v.paths]
 
 def map_columns(
