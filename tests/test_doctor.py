@@ -289,12 +289,14 @@ old_columns = ('step,epoch,loss,contrastive_accuracy,contrastive_entropy,alignme
 
 def test_a_history_of_before_goes_on(images, tmp_path):
     file = tmp_path/'history.csv'
-    with pytest.raises(SystemExit): run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)])
+    cbs = [CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)]
+    with pytest.raises(SystemExit): run(images, 6, cbs=cbs)
     whole = file.read_text().splitlines()
     cut = [','.join(line.split(',')[:12]) for line in whole]
     assert cut[0] == old_columns and len(cut) == 16
     file.write_text('\n'.join([*cut[:-1], cut[-1][:40]]) + '\n')                     # the last line broke off
-    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), OnlineMeasuresCallback(every=6, images=20, views=2)])
+    measures = OnlineMeasuresCallback(every=6, images=20, views=2)
+    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), measures])
     history = read_history(file)
     assert history['step'].tolist() == [*range(1, 15), *range(16, 31), 30]
     assert file.read_text().splitlines()[1:15] == whole[1:15] and np.isfinite(history['rankme'][-1])
