@@ -170,7 +170,8 @@ class DoctorCallback(Callback):
         if wait.total < self.patience or wait.share <= self.most_waiting: return
         workers = getattr(self.dls.train, 'num_workers', 0)
         self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
-            f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; now {workers}), '
+            f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; '
+            f'now {workers}), '
             'or keep decoded images in memory (cache, --cache)'})
     def after_epoch(self):
         self.look_at_first()
