@@ -1,0 +1,95 @@
+"""The pool of notebooks and tests: `pytest nbs/04_ntxent.ipynb` runs the cells of a notebook as `nbdev-test` does.
+
+With `-n 2 --dist loadfile --no-loadscope-reorder` the files that take longest come first, by `tests/seconds.json`.
+"""
+import json, os, subprocess, sys
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent
+workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+if workers > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//workers)))
+sys.path.insert(0, str(root/'tests'))
+import forks                                                                          # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption('--flags', default='', help='cells of notebooks to run that are skipped otherwise: "slow cuda"')
+    parser.addoption('--seconds', action='store_true', help='write into tests/seconds.json how long each file took')
+
+
+# Notebooks
+
+class Notebook(pytest.File):
+    def collect(self): yield Cells.from_parent(self, name='cells')
+
+
+class Wrong(Exception): pass
+
+
+class Cells(pytest.Item):
+    "All cells of a notebook, in a process of their own."
+    def runtest(self):
+        command = [sys.executable, str(root/'tests/notebooks.py'), str(self.path), *self.config.getoption('--flags').split()]
+        done = forks.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode or 'Success.' not in done.stdout: raise Wrong(done.stdout + done.stderr)
+
+    def repr_failure(self, excinfo, style=None):
+        return str(excinfo.value) if excinfo.errisinstance(Wrong) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self): return self.path, None, self.nodeid
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == '.ipynb' and root/'nbs' in file_path.parents:
+        return Notebook.from_parent(parent, path=file_path)
+
+
+# The server
+
+def serve(config):
+    if not hasattr(config, 'forks'):
+        config.forks = ExitStack()
+        config.add_cleanup(config.forks.close)
+        config.forks.enter_context(forks.server())
+
+
+def pytest_configure(config):
+    if getattr(config.option, 'numprocesses', None): serve(config)
+
+
+def pytest_collection_finish(session):
+    if any(isinstance(item, Cells) or item.get_closest_marker('process') for item in session.items):
+        if not session.config.option.collectonly: serve(session.config)
+
+
+# The order
+
+table = root/'tests/seconds.json'
+
+def name_of(item): return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else str(item.path)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    "The longest file first; one that is not in the table may take long."
+    if workers == 1: return
+    seconds = json.loads(table.read_text()) if table.exists() else {}
+    items.sort(key=lambda item: -seconds.get(name_of(item), 30 if item.path.suffix == '.py' else 10))
+
+
+spent = defaultdict(float)
+
+def pytest_runtest_logreport(report): spent[report.nodeid.split('::')[0]] += report.duration
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if not config.getoption('--seconds') or hasattr(config, 'workerinput'): return
+    known = json.loads(table.read_text()) if table.exists() else {}
+    known = {name: s for name, s in known.items() if (root/name).exists()}
+    known |= {name: max(1, round(s)) for name, s in spent.items()}
+    table.write_text(json.dumps(dict(sorted(known.items(), key=lambda pair: (-pair[1], pair[0]))), indent=0) + '\n')

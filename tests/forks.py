@@ -1,0 +1,276 @@
+"""Processes that begin with everything imported: a server imports once, and commands are forked from it.
+
+`run` and `Popen` are those of subprocess, and what they start is a real process with its own pid, streams,
+folder, variables, signals and exit code. A command `[sys.executable, …]` with a script, `-c` or `-m` is forked;
+any other, and one that sets what Python or a library reads as it starts, begins afresh, as it does where there
+is no server. The server runs no operation of PyTorch and has one thread, so that a fork of it can do anything.
+"""
+import atexit, gc, importlib, json, os, runpy, select, signal, socket, struct, subprocess, sys, tempfile
+import threading, types, warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+libraries = ('torch', 'torch._dynamo', 'torchvision', 'fastai.vision.all', 'timm', 'matplotlib.pyplot', 'sklearn',
+             'scipy.stats', 'cv2', 'safetensors.torch', 'yaml', 'tyro', 'nbdev.test', 'nbdev.export',
+             'matplotlib_inline.backend_inline', 'pytest')
+known = 'SIMCLR_FORKS'                              # the variable that says where the server listens
+read_at_start = ('PYTHON', 'LANG', 'LC_', 'LD_', 'MPL', 'HF_', 'MKL_', 'OPENBLAS_', 'TORCH_LOGS', 'TORCHDYNAMO',
+                 'TORCHINDUCTOR', 'PYTORCH_')
+
+
+def modules():
+    "What the server imports: the libraries, and every module of the package."
+    if 'SIMCLR_PRELOAD' in os.environ: return os.environ['SIMCLR_PRELOAD'].split()
+    files = sorted((root/'simclr_nb').rglob('*.py'))
+    names = ['.'.join(f.relative_to(root).with_suffix('').parts) for f in files if not f.name.startswith('_')]
+    return [*libraries, *names]
+
+
+# Who asks
+
+def same_start(env):
+    "Has a process of these variables nothing that the server did not see when it began?"
+    told = [{k: v for k, v in e.items() if k.startswith(read_at_start)} for e in (env, os.environ)]
+    gpu = any(os.path.exists(f'/dev/{name}') for name in ('nvidiactl', 'kfd', 'dxg'))
+    return told[0] == told[1] and (env.get('CUDA_VISIBLE_DEVICES') == '' or not gpu)
+
+
+class Popen(subprocess.Popen):
+    "A process that is forked from the server where that is the same as starting it."
+    asked = None                                    # the connection to the server, of a process that it has forked
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, flags, shell,
+                       p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest):
+        words = [] if isinstance(args, (str, bytes, os.PathLike)) else [os.fsdecode(a) for a in args]
+        variables = dict(os.environ if env is None else {os.fsdecode(k): os.fsdecode(v) for k, v in env.items()})
+        python = len(words) > 1 and words[0] == sys.executable and (words[1] in ('-c', '-m') or words[1][0] != '-')
+        plain = not (executable or preexec_fn or pass_fds or shell)
+        if python and plain and known in os.environ and same_start(variables):
+            folder = os.path.abspath(os.fsdecode(cwd or '.'))
+            fds = [0 if p2cread == -1 else p2cread, 1 if c2pwrite == -1 else c2pwrite, 2 if errwrite == -1 else errwrite]
+            request = dict(args=words[1:], cwd=folder, env=variables, session=rest[5], group=os.getpgrp(),
+                           asker=os.getpid())
+            self.asked, pid = ask(request, fds)
+            if pid:
+                self.pid, self._child_created = pid, True
+                return self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+            self.asked = None
+        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, flags, shell,
+                               p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest)
+
+    def _status(self, wait):
+        "(pid, status) as os.waitpid gives them."
+        if not wait and not select.select([self.asked], [], [], 0)[0]: return 0, 0
+        answer = self.asked.recv(4)
+        return self.pid, struct.unpack('i', answer)[0] if len(answer) == 4 else signal.SIGKILL
+
+    def _internal_poll(self, *args, **kwargs):
+        if self.asked is None: return super()._internal_poll(*args, **kwargs)
+        if self.returncode is None:
+            pid, status = self._status(False)
+            if pid: self._ended(status)
+        return self.returncode
+
+    def _try_wait(self, flags):
+        return super()._try_wait(flags) if self.asked is None else self._status(not flags & os.WNOHANG)
+
+    def _ended(self, status):
+        self._handle_exitstatus(status)
+        self.asked.close()
+
+
+def ask(request, fds):
+    "The connection to the server, and the pid of what it forked; 0 where a fresh process is better."
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(os.environ[known])
+    data = json.dumps(request).encode()
+    socket.send_fds(server, [struct.pack('I', len(data))], fds)
+    server.sendall(data)
+    answer = server.recv(4)
+    if len(answer) < 4: raise RuntimeError('the fork server is gone')
+    return server, struct.unpack('i', answer)[0]
+
+
+def run(args, *, input=None, capture_output=False, timeout=None, check=False, **kwargs):
+    "`subprocess.run`, forked."
+    if input is not None: kwargs['stdin'] = subprocess.PIPE
+    if capture_output: kwargs |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with Popen(args, **kwargs) as process:
+        try: out, err = process.communicate(input, timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    if check: done.check_returncode()
+    return done
+
+
+@contextmanager
+def server():
+    "While it is on, `run` and `Popen` fork; where a server is known already, that one serves."
+    if known in os.environ or not sys.platform.startswith('linux'):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix='forks') as folder, socket.socket(socket.AF_UNIX) as listener:
+        address = f'{folder}/s'
+        listener.bind(address)
+        listener.listen(64)
+        one_thread = dict(OMP_NUM_THREADS='1', JE_ARROW_MALLOC_CONF='background_thread:false')
+        env = {**os.environ, **one_thread, 'CUDA_VISIBLE_DEVICES': ''}
+        command = [sys.executable, __file__, str(listener.fileno())]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()])
+        listener.close()
+        os.environ[known] = address
+        try: yield
+        finally:
+            del os.environ[known]
+            process.stdin.close()                   # by which it knows that it may go
+            process.wait()
+
+
+# The server
+
+def receive(connection):
+    "A request and its three streams."
+    head, fds, *_ = socket.recv_fds(connection, 4, 3)
+    size, data = struct.unpack('I', head)[0], b''
+    while len(data) < size: data += connection.recv(size - len(data))
+    return json.loads(data), fds
+
+
+def serve(listener, usable):
+    "Fork for everyone who asks, until whoever started this is gone; returns in the forks only, with what they run."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for those who ask
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    asked = {}                                      # connections by pid
+    while True:
+        ready = select.select([listener, woken, 0], [], [])[0]
+        if 0 in ready: os._exit(0)
+        if woken in ready:
+            os.read(woken, 4096)
+            for pid, status in ended():
+                with asked.pop(pid) as connection: tell(connection, status)
+        if listener in ready:
+            connection, _ = listener.accept()
+            request, fds = receive(connection)
+            of_another = os.getsid(request['asker']) != os.getsid(0) and not request['session']
+            pid = 0 if of_another or not usable else os.fork()
+            if usable and not of_another and pid == 0:
+                for c in (listener, connection, *asked.values()): c.close()
+                signal.set_wakeup_fd(-1)
+                for fd in (woken, wakes): os.close(fd)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                return request, fds
+            for fd in fds: os.close(fd)
+            tell(connection, pid)
+            if pid: asked[pid] = connection
+            else: connection.close()
+
+
+def ended():
+    "The pids and statuses of forks that have ended."
+    while True:
+        try: pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError: return
+        if not pid: return
+        yield pid, status
+
+
+def tell(connection, number):
+    try: connection.sendall(struct.pack('i', number))
+    except OSError: pass                            # it has gone
+
+
+# A fork
+
+def settle(request, fds):
+    "Make this fork what a process is that has just begun."
+    if request['session']: os.setsid()
+    else: os.setpgid(0, request['group'])
+    for fd, place in zip(fds, range(3)):
+        os.dup2(fd, place)
+        os.close(fd)
+    os.chdir(request['cwd'])
+    os.environ.clear()
+    os.environ.update(request['env'])
+    for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
+        old, lines = getattr(sys, name), name == 'stderr' or os.isatty(fd)
+        new = open(fd, 'w' if fd else 'r', 1 if lines else -1, old.encoding, old.errors, closefd=False)
+        setattr(sys, name, new)
+        setattr(sys, f'__{name}__', new)
+    importlib.invalidate_caches()
+    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
+    threads = os.environ.get('OMP_NUM_THREADS', '')
+    threads = int(threads) if threads.isdigit() else len(os.sched_getaffinity(0))
+    if 'torch' in sys.modules and threads != 1: sys.modules['torch'].set_num_threads(threads)
+    if 'cv2' in sys.modules: sys.modules['cv2'].setNumThreads(threads)
+
+
+def become(args):
+    "What Python does with its arguments."
+    main = sys.modules['__main__'] = types.ModuleType('__main__')
+    kind, *rest = args
+    if kind == '-c':
+        sys.argv, sys.path[0] = ['-c', *rest[1:]], ''
+        exec(compile(rest[0], '<string>', 'exec'), main.__dict__)
+    elif kind == '-m':
+        sys.argv, sys.path[0] = ['-m', *rest[1:]], os.getcwd()
+        runpy._run_module_as_main(rest[0])
+    else:
+        sys.argv, sys.path[0] = args, os.path.dirname(os.path.realpath(kind))
+        main.__file__ = kind
+        with open(kind, 'rb') as f: code = compile(f.read(), kind, 'exec')
+        exec(code, main.__dict__)
+
+
+def done(args):
+    """The exit code of a program, as Python gives it at its end; what it has on hand is written.
+
+    A Python that ends also takes its modules apart, which nobody would see, and which takes most of a second here."""
+    try: code = told = become(args)
+    except SystemExit as e: code = told = e.code
+    except BaseException as e:
+        trace = e.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename == __file__: trace = trace.tb_next
+        e.__traceback__ = trace
+        sys.excepthook(type(e), e, trace)
+        told, code = None, -signal.SIGINT if isinstance(e, KeyboardInterrupt) else 1
+    if not (told is None or isinstance(told, int)):
+        print(told, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.closed or stream.flush()
+        except OSError as e:
+            code = code or 120
+            if stream is sys.stdout: print('Exception ignored while the output was written:', repr(e), file=sys.stderr)
+    return code or 0
+
+
+def imported():
+    "Import everything; is the one thread of this process alone?"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name in modules():
+            try: importlib.import_module(name)
+            except ImportError: pass                # an extra that is not here; whoever needs it says so
+    gc.collect()
+    gc.freeze()
+    return len(os.listdir('/proc/self/task')) == 1
+
+
+if __name__ == '__main__':
+    sys.path[0] = str(root)
+    with socket.socket(fileno=int(sys.argv[1])) as place: request, fds = serve(place, imported())
+    settle(request, fds)
+    if os.environ.get('SIMCLR_NESTED'): subprocess.Popen = Popen
+    code = done(request['args'])
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code & 255)
