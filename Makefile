@@ -18,6 +18,9 @@ demo: $(VENV)/.with-demo  ## Pretrain on pictures of solar cells (about 15 minut
 test: $(VENV)/.with-dev  ## Check the tree, run every notebook and every test (FLAGS="slow cuda" adds those cells)
 	@$(RUN)/python tests/gate.py $(FLAGS)
 
+quick: $(VENV)/.with-dev  ## Check the tree and what concerns your changes, without processes (two minutes at most)
+	@$(RUN)/python tests/gate.py --quick $(FLAGS)
+
 docs: $(VENV)/.with-dev  ## Build the docs site in _docs and check its links
 	@$(RUN)/python tools/docs.py
 
@@ -52,4 +55,4 @@ $(VENV)/.with-%: settings.ini setup.py pyproject.toml
 	$(RUN)/python -m pip install $(QUIET) -e '.[$(with-$*)]'
 	@touch $@
 
-.PHONY: help demo test docs notebooks readme bench clean
+.PHONY: help demo test quick docs notebooks readme bench clean

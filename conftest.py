@@ -81,6 +81,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -seconds.get(name_of(item), 30 if item.path.suffix == '.py' else 10))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, sched):
+    "A test that ends its process has failed: it is not tried again, and the rest of its file goes on elsewhere."
+    for name, unit in list(sched.workqueue.items()):
+        if crashitem in unit: unit[crashitem] = True
+        if all(unit.values()): del sched.workqueue[name]
+
+
 spent = defaultdict(float)
 
 def pytest_runtest_logreport(report): spent[report.nodeid.split('::')[0]] += report.duration

@@ -13,7 +13,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 libraries = ('torch', 'torch._dynamo', 'torchvision', 'fastai.vision.all', 'timm', 'matplotlib.pyplot', 'sklearn',
              'scipy.stats', 'cv2', 'safetensors.torch', 'yaml', 'tyro', 'nbdev.test', 'nbdev.export',
-             'matplotlib_inline.backend_inline', 'pytest')
+             'nbconvert', 'matplotlib_inline.backend_inline', 'pytest')
 known = 'SIMCLR_FORKS'                              # the variable that says where the server listens
 read_at_start = ('PYTHON', 'LANG', 'LC_', 'LD_', 'MPL', 'HF_', 'MKL_', 'OPENBLAS_', 'TORCH_LOGS', 'TORCHDYNAMO',
                  'TORCHINDUCTOR', 'PYTORCH_')
