@@ -5,8 +5,8 @@ folder, variables, signals and exit code. A command `[sys.executable, …]` with
 any other, and one that sets what Python or a library reads as it starts, begins afresh, as it does where there
 is no server. The server runs no operation of PyTorch and has one thread, so that a fork of it can do anything.
 """
-import atexit, gc, importlib, json, os, runpy, select, signal, socket, struct, subprocess, sys, tempfile
-import threading, types, warnings
+import atexit, gc, importlib, io, json, multiprocessing, os, runpy, select, signal, socket, struct, subprocess, sys
+import tempfile, threading, types, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ libraries = ('torch', 'torch._dynamo', 'torchvision', 'fastai.vision.all', 'timm
              'scipy.stats', 'cv2', 'safetensors.torch', 'yaml', 'tyro', 'nbdev.test', 'nbdev.export',
              'nbconvert', 'matplotlib_inline.backend_inline', 'pytest')
 known = 'SIMCLR_FORKS'                              # the variable that says where the server listens
+nested = 'SIMCLR_NESTED'                            # one that makes subprocess in a fork, and in what it starts, fork
 read_at_start = ('PYTHON', 'LANG', 'LC_', 'LD_', 'MPL', 'HF_', 'MKL_', 'OPENBLAS_', 'TORCH_LOGS', 'TORCHDYNAMO',
                  'TORCHINDUCTOR', 'PYTORCH_')
 
@@ -31,7 +32,7 @@ def modules():
 
 def same_start(env):
     "Has a process of these variables nothing that the server did not see when it began?"
-    told = [{k: v for k, v in e.items() if k.startswith(read_at_start)} for e in (env, os.environ)]
+    told = [{k: v for k, v in e.items() if v and k.startswith(read_at_start)} for e in (env, os.environ)]
     gpu = any(os.path.exists(f'/dev/{name}') for name in ('nvidiactl', 'kfd', 'dxg'))
     return told[0] == told[1] and (env.get('CUDA_VISIBLE_DEVICES') == '' or not gpu)
 
@@ -129,6 +130,13 @@ def server():
             process.wait()
 
 
+def context():
+    "The fork server of multiprocessing, for functions of tests, with the same imports."
+    found = multiprocessing.get_context('forkserver')
+    found.set_forkserver_preload(modules())
+    return found
+
+
 # The server
 
 def receive(connection):
@@ -198,15 +206,19 @@ def settle(request, fds):
     os.environ.clear()
     os.environ.update(request['env'])
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
-        old, lines = getattr(sys, name), name == 'stderr' or os.isatty(fd)
-        new = open(fd, 'w' if fd else 'r', 1 if lines else -1, old.encoding, old.errors, closefd=False)
+        old = getattr(sys, name)
+        lines = not old.write_through and (name == 'stderr' or os.isatty(fd))
+        raw = open(fd, 'wb' if fd else 'rb', 0 if fd and old.write_through else -1, closefd=False)
+        new = io.TextIOWrapper(raw, old.encoding, old.errors, None, lines, old.write_through)
         setattr(sys, name, new)
         setattr(sys, f'__{name}__', new)
     importlib.invalidate_caches()
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
     threads = os.environ.get('OMP_NUM_THREADS', '')
     threads = int(threads) if threads.isdigit() else len(os.sched_getaffinity(0))
-    if 'torch' in sys.modules and threads != 1: sys.modules['torch'].set_num_threads(threads)
+    if torch := sys.modules.get('torch'):
+        if threads != 1: torch.set_num_threads(threads)
+        if torch.initial_seed() != 67280421310721: torch.default_generator.seed()   # older ones all begin with that
     if 'cv2' in sys.modules: sys.modules['cv2'].setNumThreads(threads)
 
 
@@ -268,7 +280,7 @@ if __name__ == '__main__':
     sys.path[0] = str(root)
     with socket.socket(fileno=int(sys.argv[1])) as place: request, fds = serve(place, imported())
     settle(request, fds)
-    if os.environ.get('SIMCLR_NESTED'): subprocess.Popen = Popen
+    if os.environ.get(nested): subprocess.Popen = Popen
     code = done(request['args'])
     if code == -signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 root = Path(__file__).resolve().parents[1]
 gpu = root/'bench'/'gpu'
 PATIENCE = 600   # seconds; a hang is a failure

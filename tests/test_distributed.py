@@ -7,6 +7,7 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, to
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import forks
 from conftest import free_port
 from simclr_nb.training.history import OnlineEval
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
@@ -15,6 +16,7 @@ from simclr_nb.training.memory import checkpoint_activations
 from simclr_nb.ntxent import contrastive_metrics, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 
+pytestmark = pytest.mark.process
 SECONDS = 60   # the longest that any collective may wait; a whole group of processes gets twice that
 IMAGES = 12    # divisible by 2 and 4
 
@@ -229,8 +231,7 @@ def worker(rank, world, folder):
 
 def launch(f, world, folder):
     "Run f(rank, world, folder) in `world` processes, forked from one that has done the imports; at most 2*SECONDS."
-    imports = ['simclr_nb.distributed', 'simclr_nb.lars', 'simclr_nb.training.memory', 'simclr_nb.projection']
-    mp.get_context('forkserver').set_forkserver_preload(imports)
+    forks.context()
     context = mp.start_processes(f, (world, str(folder)), nprocs=world, join=False, start_method='forkserver')
     end = time.monotonic() + 2*SECONDS
     try:
