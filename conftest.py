@@ -1,6 +1,7 @@
-"""The pool of notebooks and tests: `pytest nbs/04_ntxent.ipynb` runs the cells of a notebook as `nbdev-test` does.
+"""Notebooks and tests in one pool: `pytest nbs/04_ntxent.ipynb` runs its cells, as `nbdev-test` does.
 
-With `-n 2 --dist loadfile --no-loadscope-reorder` the files that take longest come first, by `tests/seconds.json`.
+With `-n 2 --dist loadfile --no-loadscope-reorder` the files that take longest come first, as
+`tests/seconds.json` has them.
 """
 import json, os, subprocess, sys
 from collections import defaultdict
@@ -11,14 +12,15 @@ import pytest
 
 root = Path(__file__).resolve().parent
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-if workers > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//workers)))
+threads = max(1, (os.cpu_count() or 1)//workers)
+if workers > 1: os.environ.setdefault('OMP_NUM_THREADS', str(threads))
 sys.path.insert(0, str(root/'tests'))
 import forks                                                                          # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption('--flags', default='', help='cells of notebooks to run that are skipped otherwise: "slow cuda"')
-    parser.addoption('--seconds', action='store_true', help='write into tests/seconds.json how long each file took')
+    parser.addoption('--flags', default='', help='cells to run that are skipped otherwise: "slow cuda"')
+    parser.addoption('--seconds', action='store_true', help='write tests/seconds.json')
 
 
 # Notebooks
@@ -33,12 +35,14 @@ class Wrong(Exception): pass
 class Cells(pytest.Item):
     "All cells of a notebook, in a process of their own."
     def runtest(self):
-        command = [sys.executable, str(root/'tests/notebooks.py'), str(self.path), *self.config.getoption('--flags').split()]
+        flags = self.config.getoption('--flags').split()
+        command = [sys.executable, root/'tests/notebooks.py', self.path, *flags]
         done = forks.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode or 'Success.' not in done.stdout: raise Wrong(done.stdout + done.stderr)
 
     def repr_failure(self, excinfo, style=None):
-        return str(excinfo.value) if excinfo.errisinstance(Wrong) else super().repr_failure(excinfo, style)
+        if excinfo.errisinstance(Wrong): return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
 
     def reportinfo(self): return self.path, None, self.nodeid
 
@@ -70,20 +74,22 @@ def pytest_collection_finish(session):
 
 table = root/'tests/seconds.json'
 
-def name_of(item): return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else str(item.path)
+def place_of(item, seconds):
+    "The longest file first; one that is not in the table may take long."
+    name = item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
+    return -seconds.get(name, 30 if item.path.suffix == '.py' else 10)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    "The longest file first; one that is not in the table may take long."
     if workers == 1: return
     seconds = json.loads(table.read_text()) if table.exists() else {}
-    items.sort(key=lambda item: -seconds.get(name_of(item), 30 if item.path.suffix == '.py' else 10))
+    items.sort(key=lambda item: place_of(item, seconds))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, sched):
-    "A test that ends its process has failed: it is not tried again, and the rest of its file goes on elsewhere."
+    "A test that ends its process has failed; the rest of its file goes on in a new one."
     for name, unit in list(sched.workqueue.items()):
         if crashitem in unit: unit[crashitem] = True
         if all(unit.values()): del sched.workqueue[name]
@@ -100,4 +106,5 @@ def pytest_sessionfinish(session):
     known = json.loads(table.read_text()) if table.exists() else {}
     known = {name: s for name, s in known.items() if (root/name).exists()}
     known |= {name: max(1, round(s)) for name, s in spent.items()}
-    table.write_text(json.dumps(dict(sorted(known.items(), key=lambda pair: (-pair[1], pair[0]))), indent=0) + '\n')
+    longest = dict(sorted(known.items(), key=lambda pair: (-pair[1], pair[0])))
+    table.write_text(json.dumps(longest, indent=0) + '\n')

@@ -1,64 +1,58 @@
-"""Processes that begin with everything imported: a server imports once, and commands are forked from it.
+"""Processes that begin with everything imported: a server imports once, and commands are forked.
 
-`run` and `Popen` are those of subprocess, and what they start is a real process with its own pid, streams,
-folder, variables, signals and exit code. A command `[sys.executable, …]` with a script, `-c` or `-m` is forked;
-any other, and one that sets what Python or a library reads as it starts, begins afresh, as it does where there
-is no server. The server runs no operation of PyTorch and has one thread, so that a fork of it can do anything.
+`run` and `Popen` are those of subprocess, and what they start is a real process with its own pid,
+streams, folder, variables, signals and exit code. A command `[sys.executable, …]` with a script, `-c`
+or `-m` is forked; any other, and one that sets what Python or a library reads as it starts, begins
+afresh, as it does where there is no server. The server runs no operation of PyTorch and has one
+thread, so that a fork of it can do anything. `tests/test_forks.py` compares forks with fresh processes.
 """
-import atexit, gc, importlib, io, json, multiprocessing, os, runpy, select, signal, socket, struct, subprocess, sys
-import tempfile, threading, types, warnings
+import atexit, gc, importlib, io, json, multiprocessing, os, runpy, select, signal, socket, struct
+import subprocess, sys, tempfile, threading, types, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-libraries = ('torch', 'torch._dynamo', 'torchvision', 'fastai.vision.all', 'timm', 'matplotlib.pyplot', 'sklearn',
-             'scipy.stats', 'cv2', 'safetensors.torch', 'yaml', 'tyro', 'nbdev.test', 'nbdev.export',
-             'nbconvert', 'matplotlib_inline.backend_inline', 'pytest')
+libraries = ('torch', 'torch._dynamo', 'torchvision', 'fastai.vision.all', 'timm', 'matplotlib.pyplot',
+             'sklearn', 'scipy.stats', 'cv2', 'safetensors.torch', 'yaml', 'tyro', 'nbdev.test',
+             'nbdev.export', 'nbconvert', 'matplotlib_inline.backend_inline', 'pytest')
 known = 'SIMCLR_FORKS'                              # the variable that says where the server listens
-nested = 'SIMCLR_NESTED'                            # one that makes subprocess in a fork, and in what it starts, fork
-read_at_start = ('PYTHON', 'LANG', 'LC_', 'LD_', 'MPL', 'HF_', 'MKL_', 'OPENBLAS_', 'TORCH_LOGS', 'TORCHDYNAMO',
-                 'TORCHINDUCTOR', 'PYTORCH_')
+nested = 'SIMCLR_NESTED'                            # one by which subprocess in a fork forks as well
+read_at_start = ('PYTHON', 'LANG', 'LC_', 'LD_', 'MPL', 'HF_', 'MKL_', 'OPENBLAS_', 'TORCH_LOGS',
+                 'TORCHDYNAMO', 'TORCHINDUCTOR', 'PYTORCH_')
 
 
 def modules():
     "What the server imports: the libraries, and every module of the package."
     if 'SIMCLR_PRELOAD' in os.environ: return os.environ['SIMCLR_PRELOAD'].split()
     files = sorted((root/'simclr_nb').rglob('*.py'))
-    names = ['.'.join(f.relative_to(root).with_suffix('').parts) for f in files if not f.name.startswith('_')]
-    return [*libraries, *names]
+    paths = [f.relative_to(root).with_suffix('') for f in files if not f.name.startswith('_')]
+    return [*libraries, *('.'.join(path.parts) for path in paths)]
 
 
 # Who asks
 
-def same_start(env):
-    "Has a process of these variables nothing that the server did not see when it began?"
-    told = [{k: v for k, v in e.items() if v and k.startswith(read_at_start)} for e in (env, os.environ)]
-    gpu = any(os.path.exists(f'/dev/{name}') for name in ('nvidiactl', 'kfd', 'dxg'))
-    return told[0] == told[1] and (env.get('CUDA_VISIBLE_DEVICES') == '' or not gpu)
-
-
 class Popen(subprocess.Popen):
     "A process that is forked from the server where that is the same as starting it."
-    asked = None                                    # the connection to the server, of a process that it has forked
+    asked = None                                    # the connection to the server, if that forked it
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, flags, shell,
-                       p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest):
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
+        (_, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, _, _, _, _,
+         session, *_) = more
+        pipes = p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
         words = [] if isinstance(args, (str, bytes, os.PathLike)) else [os.fsdecode(a) for a in args]
-        variables = dict(os.environ if env is None else {os.fsdecode(k): os.fsdecode(v) for k, v in env.items()})
-        python = len(words) > 1 and words[0] == sys.executable and (words[1] in ('-c', '-m') or words[1][0] != '-')
-        plain = not (executable or preexec_fn or pass_fds or shell)
-        if python and plain and known in os.environ and same_start(variables):
-            folder = os.path.abspath(os.fsdecode(cwd or '.'))
-            fds = [0 if p2cread == -1 else p2cread, 1 if c2pwrite == -1 else c2pwrite, 2 if errwrite == -1 else errwrite]
-            request = dict(args=words[1:], cwd=folder, env=variables, session=rest[5], group=os.getpgrp(),
-                           asker=os.getpid())
-            self.asked, pid = ask(request, fds)
+        variables = os.environ if env is None else {os.fsdecode(k): os.fsdecode(v) for k, v in env.items()}
+        python = len(words) > 1 and words[0] == sys.executable
+        python = python and (words[1] in ('-c', '-m') or words[1][:1] != '-')
+        if python and known in os.environ and not (executable or preexec_fn or pass_fds or shell):
+            request = dict(args=words[1:], cwd=os.path.abspath(os.fsdecode(cwd or '.')), env=dict(variables),
+                           session=session, group=os.getpgrp(), asker=os.getpid())
+            streams = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
+            self.asked, pid = ask(request, streams)
             if pid:
                 self.pid, self._child_created = pid, True
-                return self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+                return self._close_pipe_fds(*pipes)
             self.asked = None
-        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, flags, shell,
-                               p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest)
+        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
 
     def _status(self, wait):
         "(pid, status) as os.waitpid gives them."
@@ -70,19 +64,20 @@ class Popen(subprocess.Popen):
         if self.asked is None: return super()._internal_poll(*args, **kwargs)
         if self.returncode is None:
             pid, status = self._status(False)
-            if pid: self._ended(status)
+            if pid: self._handle_exitstatus(status)
         return self.returncode
 
     def _try_wait(self, flags):
-        return super()._try_wait(flags) if self.asked is None else self._status(not flags & os.WNOHANG)
+        if self.asked is None: return super()._try_wait(flags)
+        return self._status(not flags & os.WNOHANG)
 
-    def _ended(self, status):
-        self._handle_exitstatus(status)
-        self.asked.close()
+    def _handle_exitstatus(self, *args, **kwargs):
+        super()._handle_exitstatus(*args, **kwargs)
+        if self.asked: self.asked.close()
 
 
 def ask(request, fds):
-    "The connection to the server, and the pid of what it forked; 0 where a fresh process is better."
+    "The connection to the server, and the pid of its fork; 0 where a fresh process is better."
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[known])
     data = json.dumps(request).encode()
@@ -113,14 +108,15 @@ def server():
     if known in os.environ or not sys.platform.startswith('linux'):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix='forks') as folder, socket.socket(socket.AF_UNIX) as listener:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         address = f'{folder}/s'
         listener.bind(address)
         listener.listen(64)
         one_thread = dict(OMP_NUM_THREADS='1', JE_ARROW_MALLOC_CONF='background_thread:false')
         env = {**os.environ, **one_thread, 'CUDA_VISIBLE_DEVICES': ''}
-        command = [sys.executable, __file__, str(listener.fileno())]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()])
+        fd = listener.fileno()
+        command = [sys.executable, __file__, str(fd)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[fd])
         listener.close()
         os.environ[known] = address
         try: yield
@@ -147,8 +143,17 @@ def receive(connection):
     return json.loads(data), fds
 
 
-def serve(listener, usable):
-    "Fork for everyone who asks, until whoever started this is gone; returns in the forks only, with what they run."
+def begins_afresh(request, before):
+    "Does what is asked for depend on how a process begins, or on where it belongs?"
+    if os.getsid(request['asker']) != os.getsid(0) and not request['session']: return True
+    env, gpus = request['env'], [f'/dev/{name}' for name in ('nvidiactl', 'kfd', 'dxg')]
+    if env.get('CUDA_VISIBLE_DEVICES') != '' and any(map(os.path.exists, gpus)): return True
+    read = {k for k in (*env, *before) if k.startswith(read_at_start)}         # imports set some of them
+    return any(env.get(k, '') not in (before.get(k, ''), os.environ.get(k, '')) for k in read)
+
+
+def serve(listener, usable, before):
+    "Fork for everyone who asks, until whoever started this is gone; returns in the forks only."
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for those who ask
     signal.signal(signal.SIGCHLD, lambda *_: None)
     woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -164,9 +169,9 @@ def serve(listener, usable):
         if listener in ready:
             connection, _ = listener.accept()
             request, fds = receive(connection)
-            of_another = os.getsid(request['asker']) != os.getsid(0) and not request['session']
-            pid = 0 if of_another or not usable else os.fork()
-            if usable and not of_another and pid == 0:
+            possible = usable and not begins_afresh(request, before)
+            pid = os.fork() if possible else 0
+            if possible and not pid:
                 for c in (listener, connection, *asked.values()): c.close()
                 signal.set_wakeup_fd(-1)
                 for fd in (woken, wakes): os.close(fd)
@@ -218,7 +223,8 @@ def settle(request, fds):
     threads = int(threads) if threads.isdigit() else len(os.sched_getaffinity(0))
     if torch := sys.modules.get('torch'):
         if threads != 1: torch.set_num_threads(threads)
-        if torch.initial_seed() != 67280421310721: torch.default_generator.seed()   # older ones all begin with that
+        if torch.initial_seed() != 67280421310721:  # with which each process of older versions begins
+            torch.default_generator.seed()
     if 'cv2' in sys.modules: sys.modules['cv2'].setNumThreads(threads)
 
 
@@ -242,7 +248,7 @@ def become(args):
 def done(args):
     """The exit code of a program, as Python gives it at its end; what it has on hand is written.
 
-    A Python that ends also takes its modules apart, which nobody would see, and which takes most of a second here."""
+    Python also takes its modules apart, which nobody sees, and which takes most of a second here."""
     try: code = told = become(args)
     except SystemExit as e: code = told = e.code
     except BaseException as e:
@@ -260,7 +266,7 @@ def done(args):
         try: stream.closed or stream.flush()
         except OSError as e:
             code = code or 120
-            if stream is sys.stdout: print('Exception ignored while the output was written:', repr(e), file=sys.stderr)
+            if stream is sys.stdout: print('Exception ignored at the end:', repr(e), file=sys.stderr)
     return code or 0
 
 
@@ -270,7 +276,7 @@ def imported():
         warnings.simplefilter('ignore')
         for name in modules():
             try: importlib.import_module(name)
-            except ImportError: pass                # an extra that is not here; whoever needs it says so
+            except ImportError: pass                # an extra that is not here: who needs it says so
     gc.collect()
     gc.freeze()
     return len(os.listdir('/proc/self/task')) == 1
@@ -278,7 +284,9 @@ def imported():
 
 if __name__ == '__main__':
     sys.path[0] = str(root)
-    with socket.socket(fileno=int(sys.argv[1])) as place: request, fds = serve(place, imported())
+    variables = dict(os.environ)
+    with socket.socket(fileno=int(sys.argv[1])) as place:
+        request, fds = serve(place, imported(), variables)
     settle(request, fds)
     if os.environ.get(nested): subprocess.Popen = Popen
     code = done(request['args'])

@@ -1,9 +1,10 @@
 """Everything that must hold before a change goes in; `make test` runs it with the environment's Python.
 
 It closes with one line, `N passed, N failed`, that counts its own checks, the notebooks and the tests.
-Arguments name cells to run that are skipped otherwise: `gate.py slow`, `gate.py slow cuda`. `gate.py --quick` is for
-the time of writing: the checks, and what concerns the files that have changed, as far as two minutes go.
-`gate.py --seconds` also writes tests/seconds.json anew. The variable WORKERS says how many run at a time.
+Arguments name cells to run that are skipped otherwise: `gate.py slow`, `gate.py slow cuda`.
+`gate.py --quick` is for the time of writing: the checks, and what concerns the files that have changed,
+as far as two minutes go. `gate.py --seconds` also writes tests/seconds.json, by which the longest files
+come first. The variable WORKERS says how many run at a time.
 """
 import ast, hashlib, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import forks
 
 root = Path(__file__).resolve().parents[1]
 workers = int(os.environ.get('WORKERS') or min(8, os.cpu_count() or 1))
-start = forks.run if forks.known in os.environ else subprocess.run     # no server yet: no waiting for it
+start = forks.run if forks.known in os.environ else subprocess.run  # no server yet: no waiting for it
 results = []  # one True or False for every check, notebook and test
 
 def tool(name): return str(Path(sys.executable).with_name(name))
@@ -85,19 +86,21 @@ def pool(files, *options):
     ran = [not outcome for _, outcome in outcomes if outcome != {'skipped'}]
     results.extend(ran)
     if code and all(ran): report('pytest', [f'exit code {code}'])
-    return sum(notebook for notebook, _ in outcomes), sum(not (notebook or outcome) for notebook, outcome in outcomes)
+    passed = sum(not (notebook or outcome) for notebook, outcome in outcomes)
+    return sum(notebook for notebook, _ in outcomes), passed
 
 def everything(flags, options):
     wanted = notebooks()
     if not wanted: report('notebooks', ['there are none'])
-    ran, passed = pool(['tests', *(file.relative_to(root) for file in wanted)], f'--flags={" ".join(flags)}', *options)
+    files = ['tests', *(file.relative_to(root) for file in wanted)]
+    ran, passed = pool(files, f'--flags={" ".join(flags)}', *options)
     if ran < len(wanted): report('notebooks', [f'{len(wanted) - ran} of {len(wanted)} were not run'])
     if not passed: report('tests', ['no test passed'])
 
 # What has changed
 
 def changed():
-    "The files that differ from the branch that this one follows, or else from the last commit; new ones too."
+    "The files that differ from the branch that this one follows, or else from the last commit."
     followed = run('git', 'merge-base', 'HEAD', '@{upstream}')
     base = followed.stdout.strip() if followed.returncode == 0 else 'HEAD'
     names = run('git', 'diff', '--name-only', '-z', base, check=True).stdout
@@ -115,7 +118,8 @@ def imports(source):
 def code_of(file):
     "The Python in a notebook, a cell at a time, or of a file."
     if file.suffix == '.py': return [file.read_text(encoding='utf-8')]
-    return [''.join(c['source']) for c in json.loads(file.read_bytes())['cells'] if c['cell_type'] == 'code']
+    cells = json.loads(file.read_bytes())['cells']
+    return [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
 
 def imports_of(file):
     found = set()
@@ -125,19 +129,19 @@ def imports_of(file):
     return found
 
 def concerned(files):
-    "The notebooks and tests that concern some files: themselves first, then the tests that name them, then notebooks."
+    "The notebooks and tests of some files: themselves first, then the tests that name them, then notebooks."
     homes = {}                                                         # modules by notebook
     for module in (root/'simclr_nb').rglob('*.py'):
         header = re.search(r'File to edit: (.+?)\.?$', module.read_text(encoding='utf-8'), re.M)
         if header: homes[(module.parent/header[1]).resolve()] = module
-    files = {*files, *(homes[f] for f in files if f in homes), *(nb for nb, module in homes.items() if module in files)}
+    files = {*files, *(homes[f] for f in files if f in homes), *(f for f in homes if homes[f] in files)}
     tests = sorted((root/'tests').glob('test_*.py'))
     names = {'.'.join(f.relative_to(root).with_suffix('').parts) for f in files if f.suffix == '.py'}
     names |= {name.removeprefix('tests.') for name in names}
-    words = [f.stem for f in files if f.relative_to(root).parts[0] in ('tools', 'bench', 'examples')]
+    words = [f.stem for f in files if f.relative_to(root).parts[0] in ('tools', 'bench')]
     def about(test):
         text = test.read_text(encoding='utf-8')
-        return imports_of(test) & names or any(re.search(rf'\b{re.escape(word)}\b', text) for word in words)
+        return imports_of(test) & names or any(re.search(rf'\b{word}\b', text) for word in words)
     first = [f for f in (*notebooks(), *tests) if f in files]
     second = [f for f in tests if about(f)] + [f for f in notebooks() if imports_of(f) & names]
     return list(dict.fromkeys(first + second))
@@ -177,7 +181,7 @@ if __name__ == '__main__':
     flags = [a for a in sys.argv[1:] if not a.startswith('-')]
     is_quick = '--quick' in options
     if is_quick: options.remove('--quick'), checks.pop('the tree is clean')
-    with forks.server():                                               # it imports while the tree is checked
+    with forks.server():                                            # it imports while the tree is checked
         static(checks)
         (quick if is_quick else everything)(flags, options)
     print(f'\n{sum(results)} passed, {len(results) - sum(results)} failed')

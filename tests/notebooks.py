@@ -1,4 +1,4 @@
-"Runs the cells of a notebook: `python tests/notebooks.py FILE FLAG…` is `nbdev-test FILE --flags 'FLAG…'`."
+"Runs a notebook's cells: `python tests/notebooks.py FILE FLAG…` is `nbdev-test FILE --flags 'FLAG…'`."
 import sys
 from pathlib import Path
 

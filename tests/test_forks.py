@@ -1,4 +1,4 @@
-"A forked command is what a fresh one is: each fact that a program can see is compared, and what differs begins afresh."
+"A forked command is what a fresh one is: all that a program can see of itself is compared."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -17,16 +17,19 @@ with warnings.catch_warnings(record=True) as once:
     for _ in range(3): warnings.warn('again')
 facts = dict(
     argv=sys.argv, path=sys.path, name=__name__, main=vars(main) is globals(), file=globals().get('__file__'),
-    folder=os.getcwd(), group=os.getpgrp(), session=os.getsid(0), variables=dict(os.environ), parent=mp.parent_process(),
-    process=mp.current_process().name, method=mp.get_start_method(allow_none=True), children=len(mp.active_children()),
-    threads=[t.name for t in threading.enumerate()], is_main=threading.current_thread() is threading.main_thread(),
-    handlers={s: str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)},
-    blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), descriptors=sorted(map(int, os.listdir('/proc/self/fd')))[:-1],
-    encodings=[(s.encoding, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)], umask=os.umask(0o22),
-    seed=torch.initial_seed() == 67280421310721, number_of_threads=torch.get_num_threads(), gradients=torch.is_grad_enabled(),
-    dtype=str(torch.get_default_dtype()), handlers_of_logs=len(logging.getLogger().handlers), warned=len(once),
-    level=logging.getLogger().level, executable=sys.executable, flags=str(sys.flags), recursion=sys.getrecursionlimit())
-print(json.dumps(facts | dict(chance=[random.random(), float(numpy.random.rand()), float(torch.rand(1))])))
+    folder=os.getcwd(), group=os.getpgrp(), session=os.getsid(0), variables=dict(os.environ),
+    parent=mp.parent_process(), process=mp.current_process().name, children=len(mp.active_children()),
+    method=mp.get_start_method(allow_none=True), threads=[t.name for t in threading.enumerate()],
+    is_main=threading.current_thread() is threading.main_thread(), umask=os.umask(0o22),
+    handlers=[str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)],
+    blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), executable=sys.executable, flags=str(sys.flags),
+    descriptors=sorted(map(int, os.listdir('/proc/self/fd')))[:-1], recursion=sys.getrecursionlimit(),
+    streams=[(s.encoding, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)],
+    seed=torch.initial_seed() == 67280421310721, number_of_threads=torch.get_num_threads(),
+    gradients=torch.is_grad_enabled(), dtype=str(torch.get_default_dtype()), warned=len(once),
+    level=logging.getLogger().level, logs=len(logging.getLogger().handlers))
+chance = [random.random(), float(numpy.random.rand()), float(torch.rand(1))]
+print(json.dumps(facts | dict(chance=chance)))
 '''
 
 ways = {'-c': lambda folder: ['-c', seen, 'a', 'b c'], 'script': lambda folder: [folder/'seen.py', 'a'],
@@ -50,8 +53,8 @@ def test_a_fork_sees_what_a_fresh_process_sees(tmp_path, way):
     assert fresh == forked
     again = json.loads(forks.run([sys.executable, *map(str, ways[way](tmp_path))], env=env, cwd=tmp_path,
                                  stdout=subprocess.PIPE).stdout)['chance']
-    for three in zip(*chances, again):                             # each process has chances of its own, but for torch's
-        assert len(set(three)) == 3 or fresh['seed'] and three[0] == chances[0][2]        # older versions
+    for three in zip(*chances, again):                          # each process has chances of its own,
+        assert len(set(three)) == 3 or fresh['seed'] and three[0] == chances[0][2]  # but for older torch's
 
 @pytest.mark.parametrize('code', [
     '', 'import sys; sys.exit(7)', 'import sys; sys.exit("so it is")', 'import sys; sys.exit(None)', '1/0',

@@ -35,7 +35,8 @@ def commit(folder):
 def good(tmp_path_factory):
     "A project with two notebooks, one module and one test, where everything is in step."
     toy = tmp_path_factory.mktemp('good')
-    for file in ('pyproject.toml', '.gitignore', 'conftest.py', 'tests/gate.py', 'tests/forks.py', 'tests/notebooks.py', 'tools/readme.py'):
+    for file in ('pyproject.toml', '.gitignore', 'conftest.py', 'tests/gate.py', 'tests/forks.py',
+                 'tests/notebooks.py', 'tools/readme.py'):
         (toy/file).parent.mkdir(exist_ok=True)
         shutil.copy(root/file, toy/file)
     for folder in ('nbs', 'simclr_nb'): (toy/folder).mkdir()
@@ -129,12 +130,13 @@ def test_quick_runs_what_has_changed_and_no_process(good, tmp_path):
     assert gate(p, '--quick', 'slow') == ([], (5, 0), 0)
     edit(p/toy, 'print(one())', 'print(one() + 0)')
     (p/'tests/test_one.py').write_text(
-        'def test_new():\n    assert "return 1" in open("simclr_nb/toy.py").read()\n    if 0: from simclr_nb import toy\n')
+        'def test_new():\n    assert "return 1" in open("simclr_nb/toy.py").read()\n'
+        '    if 0: from simclr_nb import toy\n')
     (p/'tests/test_other.py').write_text(
         'import pytest\n@pytest.mark.process\ndef test_starts(): 1/0\ndef test_new(): pass\n')
     assert gate(p, '--quick') == ([], (8, 0), 0)
     assert gate(p, '--quick', 'slow') == ([toy], (7, 1), 1)
     commit(p)
     assert gate(p, '--quick') == ([], (5, 0), 0)
-    for file in (p/toy, p/'simclr_nb/toy.py'): edit(file, 'return 1', 'return 2')     # what imports it is run too
+    for file in (p/toy, p/'simclr_nb/toy.py'): edit(file, 'return 1', 'return 2')   # so what imports it fails
     assert gate(p, '--quick') == ([toy, 'tests/test_one.py'], (5, 2), 1)
