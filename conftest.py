@@ -95,9 +95,26 @@ def pytest_handlecrashitem(crashitem, sched):
         if all(unit.values()): del sched.workqueue[name]
 
 
-spent = defaultdict(float)
+# How long each file takes: processor time, so that it matters little what else the machine does
 
-def pytest_runtest_logreport(report): spent[report.nodeid.split('::')[0]] += report.duration
+def used():
+    "Processor seconds of this process, of those that it has waited for, and of its forks."
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system + sum(forks.spent)
+
+last, spent = [0.], defaultdict(float)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    report.used, last[0] = used() - last[0], used()
+    return report
+
+
+def pytest_runtest_logstart(): last[0] = last[0] or used()
+
+
+def pytest_runtest_logreport(report): spent[report.nodeid.split('::')[0]] += report.used
 
 
 def pytest_sessionfinish(session):
@@ -105,6 +122,6 @@ def pytest_sessionfinish(session):
     if not config.getoption('--seconds') or hasattr(config, 'workerinput'): return
     known = json.loads(table.read_text()) if table.exists() else {}
     known = {name: s for name, s in known.items() if (root/name).exists()}
-    known |= {name: max(1, round(s)) for name, s in spent.items()}
+    known |= {name: round(s) for name, s in spent.items() if round(s)}
     longest = dict(sorted(known.items(), key=lambda pair: (-pair[1], pair[0])))
     table.write_text(json.dumps(longest, indent=0) + '\n')

@@ -6,8 +6,8 @@ or `-m` is forked; any other, and one that sets what Python or a library reads a
 afresh, as it does where there is no server. The server runs no operation of PyTorch and has one
 thread, so that a fork of it can do anything. `tests/test_forks.py` compares forks with fresh processes.
 """
-import atexit, gc, importlib, io, json, multiprocessing, os, runpy, select, signal, socket, struct
-import subprocess, sys, tempfile, threading, types, warnings
+import atexit, gc, importlib, io, json, os, pickle, runpy, select, signal, socket, struct, subprocess, sys
+import tempfile, threading, time, types, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,8 @@ def modules():
 
 
 # Who asks
+
+spent = []                                          # processor seconds of each fork that has ended
 
 class Popen(subprocess.Popen):
     "A process that is forked from the server where that is the same as starting it."
@@ -57,8 +59,10 @@ class Popen(subprocess.Popen):
     def _status(self, wait):
         "(pid, status) as os.waitpid gives them."
         if not wait and not select.select([self.asked], [], [], 0)[0]: return 0, 0
-        answer = self.asked.recv(4)
-        return self.pid, struct.unpack('i', answer)[0] if len(answer) == 4 else signal.SIGKILL
+        answer = self.asked.recv(struct.calcsize('id'))
+        status, seconds = struct.unpack('id', answer) if answer else (signal.SIGKILL, 0.)
+        spent.append(seconds)
+        return self.pid, status
 
     def _internal_poll(self, *args, **kwargs):
         if self.asked is None: return super()._internal_poll(*args, **kwargs)
@@ -126,11 +130,45 @@ def server():
             process.wait()
 
 
-def context():
-    "The fork server of multiprocessing, for functions of tests, with the same imports."
-    found = multiprocessing.get_context('forkserver')
-    found.set_forkserver_preload(modules())
-    return found
+class Process:
+    "multiprocessing's, but for `parent_process()`: a program of its own that calls a function found by its name."
+    call = """if 1:
+        import pickle, sys
+        sys.path[:] = pickle.load(sys.stdin.buffer)
+        function, args, kwargs = pickle.load(sys.stdin.buffer)
+        function(*args, **kwargs)"""
+
+    def __init__(self, target, args=(), kwargs=None):
+        self.work = pickle.dumps(sys.path) + pickle.dumps((target, args, kwargs or {}))
+
+    def start(self):
+        self.popen = Popen([sys.executable, '-c', self.call], stdin=subprocess.PIPE)
+        with self.popen.stdin as f: f.write(self.work)
+        self.pid, self.kill, self.terminate = self.popen.pid, self.popen.kill, self.popen.terminate
+
+    @property
+    def exitcode(self): return self.popen.poll()
+
+    def is_alive(self): return self.exitcode is None
+
+    def join(self, timeout=None):
+        try: self.popen.wait(timeout)
+        except subprocess.TimeoutExpired: pass
+
+
+def together(target, n, args, seconds):
+    "Run target(rank, *args) in n processes; an error where one of them fails, or takes longer than this."
+    processes, end = [Process(target, (rank, *args)) for rank in range(n)], time.monotonic() + seconds
+    try:
+        for p in processes: p.start()
+        while any(p.is_alive() for p in processes):
+            assert time.monotonic() < end, f'{n} processes were not done after {seconds} s'
+            assert not any(p.exitcode for p in processes), 'one of the processes has failed'
+            processes[0].join(.05) if processes[0].is_alive() else time.sleep(.02)
+        assert [p.exitcode for p in processes] == [0]*n
+    finally:
+        for p in processes:
+            if hasattr(p, 'popen'): p.kill(), p.join()
 
 
 # The server
@@ -164,8 +202,8 @@ def serve(listener, usable, before):
         if 0 in ready: os._exit(0)
         if woken in ready:
             os.read(woken, 4096)
-            for pid, status in ended():
-                with asked.pop(pid) as connection: tell(connection, status)
+            for pid, status, seconds in ended():
+                with asked.pop(pid) as connection: tell(connection, 'id', status, seconds)
         if listener in ready:
             connection, _ = listener.accept()
             request, fds = receive(connection)
@@ -179,22 +217,22 @@ def serve(listener, usable, before):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 return request, fds
             for fd in fds: os.close(fd)
-            tell(connection, pid)
+            tell(connection, 'i', pid)
             if pid: asked[pid] = connection
             else: connection.close()
 
 
 def ended():
-    "The pids and statuses of forks that have ended."
+    "The pids, statuses and processor seconds of forks that have ended."
     while True:
-        try: pid, status = os.waitpid(-1, os.WNOHANG)
+        try: pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError: return
         if not pid: return
-        yield pid, status
+        yield pid, status, used.ru_utime + used.ru_stime
 
 
-def tell(connection, number):
-    try: connection.sendall(struct.pack('i', number))
+def tell(connection, form, *numbers):
+    try: connection.sendall(struct.pack(form, *numbers))
     except OSError: pass                            # it has gone
 
 

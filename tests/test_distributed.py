@@ -3,7 +3,7 @@ import copy, datetime, os, time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import pytest, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -230,16 +230,8 @@ def worker(rank, world, folder):
 
 
 def launch(f, world, folder):
-    "Run f(rank, world, folder) in `world` processes, forked from one that has done the imports; at most 2*SECONDS."
-    forks.context()
-    context = mp.start_processes(f, (world, str(folder)), nprocs=world, join=False, start_method='forkserver')
-    end = time.monotonic() + 2*SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f'{world} processes were not done after {2*SECONDS} s'
-    finally:
-        for p in context.processes:
-            if p.is_alive(): p.kill()
+    "Run f(rank, world, folder) in `world` processes; at most 2*SECONDS."
+    forks.together(f, world, (world, str(folder)), 2*SECONDS)
     return [torch.load(f'{folder}/rank{r}.pt') for r in range(world)]
 
 

@@ -160,3 +160,15 @@ with forks.server():
     end = time.monotonic() + 10
     while Path(f'/proc/{server}').exists() and time.monotonic() < end: time.sleep(.05)
     assert not Path(f'/proc/{server}').exists()
+
+
+def adds(rank, folder, how):
+    if how == 'fails' and rank: raise ValueError('no')
+    if how == 'hangs': time.sleep(60)
+    (Path(folder)/str(rank)).write_text(str(os.getpid()))
+
+def test_functions_in_processes(tmp_path):
+    forks.together(adds, 3, (str(tmp_path), 'works'), 60)
+    assert len({file.read_text() for file in tmp_path.iterdir()} - {str(os.getpid())}) == 3
+    for how, words in (('fails', 'one of the processes has failed'), ('hangs', '2 processes were not done after 2 s')):
+        with pytest.raises(AssertionError, match=words): forks.together(adds, 2, (str(tmp_path), how), 2)

@@ -39,7 +39,7 @@ def images(place):
 
 
 @pytest.fixture(scope='module')
-def processes(): return forks.context()
+def processes(): return forks
 
 
 def killing_in(call, signal=signal.SIGKILL):

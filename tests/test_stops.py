@@ -3,7 +3,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from unittest import mock
 
-import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import numpy as np, pytest, torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 import forks, pretend
@@ -242,8 +242,7 @@ def one_of_two(rank, folder, port):
 
 @pytest.mark.process
 def test_two_processes_agree_without_waiting_for_their_devices(tmp_path):
-    forks.context()
-    mp.start_processes(one_of_two, (str(tmp_path), free_port()), nprocs=2, start_method='forkserver')
+    forks.together(one_of_two, 2, (str(tmp_path), free_port()), 120)
     found = [torch.load(tmp_path/f'{rank}.pt') for rank in range(2)]
     rows = [torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
     together = torch.cat([r[:2] for r in rows] + [r[2:] for r in rows])

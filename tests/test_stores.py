@@ -230,7 +230,7 @@ def a_run(source, out, kill_at=None, more={}):
 
 
 def started(*args, **kwargs):
-    process = forks.context().Process(target=a_run, args=args, kwargs=kwargs)
+    process = forks.Process(target=a_run, args=args, kwargs=kwargs)
     process.start()
     process.join(240)
     return process.exitcode
