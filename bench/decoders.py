@@ -14,7 +14,7 @@ import cv2, numpy as np, simplejpeg
 from PIL import Image
 from pipeline import sample_images
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import load_images
+from simclr_nb.data.sources import load_images
 
 reduced = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
            8: cv2.IMREAD_REDUCED_COLOR_8}

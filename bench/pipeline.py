@@ -19,9 +19,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 from simclr_nb.augmentations import ColorDistortion, RandomBlur, keyed_rng, make_views, simclr_augmentations
-from simclr_nb.data.datasets import ImageSet, TwoCropDataset, load_images
-from simclr_nb.data.files import decode_crops, decode_whole, open_for_crops, oriented_size
-from simclr_nb.operations import apply_cpu, apply_cv
+from simclr_nb.data.datasets import TwoCropDataset
+from simclr_nb.data.sources import load_images
+from simclr_nb.data.sets import ImageSet
+from simclr_nb.data.crops import decode_crops, decode_whole, open_for_crops, oriented_size
+from simclr_nb.training.views import apply_cpu, apply_cv
 
 # (width, height), pixels: the sizes of 16 photographs of ImageNet, in about the shares they have there
 sizes = [(500, 375)]*6 + [(500, 333)]*3 + [(375, 500)]*2 + [(333, 500), (400, 300), (640, 480), (845, 563), (256, 320)]

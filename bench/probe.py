@@ -30,7 +30,7 @@ def cache_file(*facts):
 def real_features(source, n, m):
     "Features (n, 512) and classes of training images, and of m test images."
     import numpy as np, torch
-    from simclr_nb.data.datasets import train_test_splits
+    from simclr_nb.data.sources import train_test_splits
     from simclr_nb.encoder import build_encoder
     from simclr_nb.features.extract import extract_features
     file = cache_file(source, n, m, torch.__version__)
@@ -158,7 +158,7 @@ def predictor(name, bank, labels, args):
         from lightly.utils.benchmarking.knn import knn_predict
         bank = F.normalize(bank, dim=1).T.contiguous()
         return lambda q: torch.cat([knn_predict(b, bank, labels, 10, args.k, .1)[:, 0] for b in q.split(1024)])
-    from simclr_nb.features.extract import knn_predict
+    from simclr_nb.features.neighbors import knn_predict
     return lambda q: knn_predict(bank, labels, q, args.k, .1)
 
 
@@ -227,7 +227,9 @@ def bare(encoders, x):
 def evaluation(args):
     "The command on n images, 4/5 of them for training, beside its two networks on the same images in memory."
     import torch
-    from simclr_nb.data.datasets import eval_loader, folder_images, train_test_splits
+    from simclr_nb.data.datasets import eval_loader
+    from simclr_nb.data.sources import train_test_splits
+    from simclr_nb.data.sets import folder_images
     from simclr_nb.encoder import build_encoder, save_encoder
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as d:

@@ -39,7 +39,8 @@ def changed(variant):
 
 def parts():
     "Cells to train on, and cells to judge on; all of them training cells."
-    from simclr_nb.data.datasets import stratified_split, train_test_splits
+    from simclr_nb.data.sources import train_test_splits
+    from simclr_nb.data.sets import stratified_split
     return stratified_split(train_test_splits('solar_cells')[0], .25, 0)
 
 
@@ -69,7 +70,8 @@ def trained(s, seed, fit):
 
 def run(variant, seed):
     "One line of the file: what a variant reaches, and how long its training took."
-    from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol
+    from simclr_nb.evaluation.candidates import Candidate, pixels_encoder
+    from simclr_nb.evaluation.protocols import EvalSuite, run_protocol
     fit, held_out = parts()
     s = settings() if variant in baselines else changed(variant)
     began = time.perf_counter()
@@ -86,7 +88,7 @@ def run(variant, seed):
 
 def table(runs):
     "Mean and standard deviation over seeds; the best neighbors first."
-    from simclr_nb.pictures.plots import markdown_table
+    from simclr_nb.core import markdown_table
     by = {}
     for r in runs: by.setdefault(r['variant'], []).append(r)
     def cell(rows, column):

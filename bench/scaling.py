@@ -14,7 +14,8 @@ warnings.simplefilter('ignore')
 import cv2, numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
 from pipeline import sample_images
 from simclr_nb.augmentations import make_views, simclr_augmentations
-from simclr_nb.data.datasets import ImageSet, TwoCropDataset
+from simclr_nb.data.datasets import TwoCropDataset
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import gather_rows, global_batch_norm
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, param_groups

@@ -16,12 +16,12 @@ warnings.simplefilter('ignore')
 import numpy as np, torch, torch.distributed as dist
 from loss import missing
 from simclr_nb.augmentations import make_views
-from simclr_nb.data.datasets import augmentations_for
+from simclr_nb.data.sources import augmentations_for
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
 from simclr_nb.training.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
-from simclr_nb.operations import apply_compiled, apply_cpu
+from simclr_nb.training.views import apply_compiled, apply_cpu
 from simclr_nb.projection import SimCLR, projection_head
 from torch import nn
 

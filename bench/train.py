@@ -29,7 +29,7 @@ def small(size): return size <= 32
 def pictures(args):
     "The images to train on; those to judge on, by part: none where a folder has no classes."
     import numpy as np
-    from simclr_nb.data.datasets import load_images, train_test_splits
+    from simclr_nb.data.sources import load_images, train_test_splits
     rng = np.random.default_rng(0)                         # the same images whatever the seed of the run
     def some(images, idxs): return images.subset([int(i) for i in idxs])
     images = load_images(args.data)
@@ -45,7 +45,7 @@ def pictures(args):
 def recipe(args, colors):
     "The augmentation of the run; its numbers are those that the other libraries get."
     from simclr_nb.augmentations import simclr_augmentations
-    from simclr_nb.operations import solar_augmentations
+    from simclr_nb.data.sources import solar_augmentations
     if args.data == 'solar_cells': return solar_augmentations(args.size, implementation=colors)
     strength = .5 if small(args.size) else 1.
     return simclr_augmentations(args.size, strength, blur=not small(args.size), implementation=colors)

@@ -17,16 +17,23 @@ from .encoder import build_encoder, load_encoder, save_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import nt_xent
 from .lars import LARS
-from simclr_nb.data.datasets import (ImageSet, TwoCropDataset, augmentations_for, load_images, open_image, train_loader,
-    train_test_splits)
+from .data.datasets import TwoCropDataset, train_loader
+from .data.sources import augmentations_for, load_images, train_test_splits
+from .data.files import open_image
+from .data.sets import ImageSet
 from .training.memory import checkpoint_activations, memory_per_device
-from .training.history import OnlineEval, OnlineProbe, read_history
+from .training.history import read_history
+from .training.online import OnlineEval, OnlineProbe
 from .training.resume import Checkpoints
-from .learner import SimCLRLearner, simclr_learner, supervised_learner
-from .features.extract import extract_features, knn_evaluator
+from .learner import SimCLRLearner, simclr_learner
+from .evaluation.classifier import supervised_learner
+from .features.extract import extract_features
+from .features.neighbors import knn_evaluator
 from .features.copies import find_near_duplicates
-from .pictures.plots import html_map, plot_history, plot_map, plot_neighbors, project_2d
-from .evaluation.linear import compare, linear_evaluation, permutation_test
+from .pictures.pages import html_map
+from .pictures.plots import plot_history, plot_map, plot_neighbors, project_2d
+from .features.metrics import permutation_test
+from .evaluation.linear import compare, linear_evaluation
 from .features.logistic import logistic_regression
 from .evaluation.finetune import finetune, label_fraction
 from .evaluation.transfer import transfer

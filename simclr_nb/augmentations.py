@@ -12,7 +12,6 @@ import math
 from functools import lru_cache
 
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import patch
 from PIL import Image, ImageOps
 from torch import Tensor
 from .core import pixels, send, to_rgb
@@ -309,25 +308,35 @@ class Augmentation:
     def with_views(self, n_views:int)->'Augmentation':
         "The same augmentation with this many independent views."
         return Augmentation(self.size, self.crop, *self.transforms, n_views=n_views)
-
-# %% ../nbs/01_augmentations.ipynb #da3b4197
-@patch
-def check_params(self:Augmentation, x, params):
-    "A `ValueError` where the parameters are not those of the images."
-    if x.ndim != 4 or x.shape[1] > 4 and x.shape[3] <= 4 or params.shape != (len(x), self.n_params):
-        raise ValueError(f'expected images (B, 3, H, W) with {self.n_params} parameters each, '
-                         f'as draw_views gives them, got {tuple(x.shape)} and {tuple(params.shape)}')
-
-@patch
-def apply(self:Augmentation,
-    x:Tensor, # (B, 3, size, size), already cropped: float in [0, 1], or uint8
-    params:Tensor, # (B, P), as drawn
-)->Tensor: # (B, 3, size, size), float in [0, 1]
-    "Apply the transforms to a batch, on its device."
-    self.check_params(x, params)
-    if x.dtype == torch.uint8: x = x.float()/255
-    for t, p in zip(self.transforms, params.split([t.n_params for t in self.transforms], 1)): x = t(x, p)
-    return x
+    def check_params(self, x, params):
+        "A `ValueError` where the parameters are not those of the images."
+        if x.ndim != 4 or x.shape[1] > 4 and x.shape[3] <= 4 or params.shape != (len(x), self.n_params):
+            raise ValueError(f'expected images (B, 3, H, W) with {self.n_params} parameters each, '
+                             f'as draw_views gives them, got {tuple(x.shape)} and {tuple(params.shape)}')
+    def apply(self,
+        x:Tensor, # (B, 3, size, size), already cropped: float in [0, 1], or uint8
+        params:Tensor, # (B, P), as drawn
+    )->Tensor: # (B, 3, size, size), float in [0, 1]
+        "Apply the transforms to a batch, on its device."
+        self.check_params(x, params)
+        if x.dtype == torch.uint8: x = x.float()/255
+        for t, p in zip(self.transforms, params.split([t.n_params for t in self.transforms], 1)): x = t(x, p)
+        return x
+    def __call__(self,
+        image, # a PIL image of any mode, or a uint8 tensor (3, H, W) on the CPU
+        key=None, # (seed, epoch, index of the image); None: random, from torch's global generator
+        apply=None, # as in `make_views`
+    )->list: # `n_views` tensors (3, size, size), float in [0, 1]
+        "The views of one image."
+        x = _image_bytes(image)
+        if key is None: key = (int(torch.randint(2**63 - 1, (), device='cpu')), 0, 0)
+        boxes, params = self.draw_views(key, x.shape[2], x.shape[1])
+        crops = torch.stack([crop_resize(x, box, self.size) for box in boxes])
+        return list(make_views(self, crops[None], torch.from_numpy(params)[None], apply))
+    def _draw_one_branch(self, key, width, height):
+        left, top, right, bottom = shared = RandomResizedCrop().draw(keyed_rng(*key, view=2**32 + 1), width, height)
+        (l, t, r, b), params = self.draw(keyed_rng(*key), right - left, bottom - top)
+        return ((left + l, top + t, left + r, top + b), shared), (params, [0]*len(params))
 
 # %% ../nbs/01_augmentations.ipynb #f238f8f2
 def simclr_augmentations(
@@ -378,23 +387,3 @@ def _image_bytes(image):
     got = f'{tuple(image.shape)} of {image.dtype}' if hasattr(image, 'shape') else type(image).__name__
     raise ValueError(f'expected one PIL image or one uint8 tensor (3, H, W), got {got}. '
                      'Arrays: PIL.Image.fromarray; batches of float images: crop_views')
-
-@patch
-def __call__(self:Augmentation,
-    image, # a PIL image of any mode, or a uint8 tensor (3, H, W) on the CPU
-    key=None, # (seed, epoch, index of the image); None: random, from torch's global generator
-    apply=None, # as in `make_views`
-)->list: # `n_views` tensors (3, size, size), float in [0, 1]
-    "The views of one image."
-    x = _image_bytes(image)
-    if key is None: key = (int(torch.randint(2**63 - 1, (), device='cpu')), 0, 0)
-    boxes, params = self.draw_views(key, x.shape[2], x.shape[1])
-    crops = torch.stack([crop_resize(x, box, self.size) for box in boxes])
-    return list(make_views(self, crops[None], torch.from_numpy(params)[None], apply))
-
-# %% ../nbs/01_augmentations.ipynb #338ca77e
-@patch
-def _draw_one_branch(self:Augmentation, key, width, height):
-    left, top, right, bottom = shared = RandomResizedCrop().draw(keyed_rng(*key, view=2**32 + 1), width, height)
-    (l, t, r, b), params = self.draw(keyed_rng(*key), right - left, bottom - top)
-    return ((left + l, top + t, left + r, top + b), shared), (params, [0]*len(params))

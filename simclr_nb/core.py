@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'save_tensors', 'BadCheckpoint', 'to_rgb', 'pixels', 'eval_mode', 'unwrap',
-           'checkpointed', 'get_world_size', 'get_rank']
+           'checkpointed', 'get_world_size', 'get_rank', 'Late']
 
 # %% ../nbs/00a_core.ipynb #5c595801
 import hashlib, json, os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist
 from PIL import Image
-from safetensors import safe_open, SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -289,3 +289,41 @@ def get_world_size()->int:
 def get_rank()->int:
     "The number of this process in its group; 0 where there is no group."
     return dist.get_rank() if get_world_size() > 1 else 0
+
+# %% ../nbs/00a_core.ipynb #67ab820f
+def printable(name)->str:
+    "A name of a file or of a class for people; bytes that are not UTF-8 as \\xe9."
+    return os.fsencode(str(name)).decode('utf-8', 'backslashreplace')
+
+# %% ../nbs/00a_core.ipynb #98f1ef35
+def _table_line(cells, width, left):
+    first, *rest = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, width)))
+    return '| ' + ' | '.join([first, *rest]) + ' |'
+
+def markdown_table(
+    head:list, # of strings
+    rows:list, # of lists of strings
+    left:int=1, # columns of text, to the left; the others, of numbers, to the right
+)->str:
+    "A table in Markdown that is one on a terminal too."
+    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    rule = ['-'*(w + 2) if i < left else '-'*(w + 1) + ':' for i, w in enumerate(width)]
+    lines = [_table_line(r, width, left) for r in (head, *rows)]
+    return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
+
+# %% ../nbs/00a_core.ipynb #699832bb
+class Late:
+    "A value on its way from its device to the CPU."
+    def __init__(self): self.value = self.arrived = None
+    def put(self, x:torch.Tensor):
+        "Send it, and go on."
+        x = x.detach()
+        self.value = x.clone() if x.device.type == 'cpu' else x.to('cpu', non_blocking=can_send(x.device))
+        if not x.is_cuda: return
+        self.arrived = torch.cuda.Event()
+        self.arrived.record()
+    def get(self)->torch.Tensor|None: # on the CPU; None: nothing was sent since the last time
+        "What was sent last; waits only if that has not arrived yet."
+        if self.value is not None and self.arrived: self.arrived.synchronize()
+        value, self.value, self.arrived = self.value, None, None
+        return value

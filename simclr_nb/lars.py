@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/05_lars.ipynb #a50a74b6
@@ -128,31 +127,25 @@ class LARS(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         _check_options(self.defaults | param_group, self.defaults)
         super().add_param_group(param_group)
-
-# %% ../nbs/05_lars.ipynb #48d51302
-@patch
-@torch.no_grad()
-def step(self:LARS,
-    closure=None, # as for any optimizer of PyTorch: computes the loss and the gradients
-): # what closure returns
-    "One update of every parameter that has a gradient."
-    with torch.enable_grad(): loss = closure() if closure else None
-    for ps, o, adapt in _todo(self.param_groups):
-        update = _update_half if ps[0].itemsize < 4 else _update
-        update(ps, [p.grad for p in ps], [_momentum(p, self.state[p]) for p in ps], o, adapt)
-    return loss
-
-# %% ../nbs/05_lars.ipynb #d5b41f3a
-@patch
-def __setstate__(self:LARS, state):
-    "Only the state of a LARS fits: that of another optimizer lacks options."
-    known = state.get('defaults') or self.defaults
-    for g in state['param_groups']:
-        missing = [k for k in known if k not in g]
-        if missing:
-            raise ValueError('LARS: this state is that of another optimizer, or of another version; '
-                             f'its groups lack {", ".join(missing)}')
-    torch.optim.Optimizer.__setstate__(self, state)
+    @torch.no_grad()
+    def step(self,
+        closure=None, # as for any optimizer of PyTorch: computes the loss and the gradients
+    ): # what closure returns
+        "One update of every parameter that has a gradient."
+        with torch.enable_grad(): loss = closure() if closure else None
+        for ps, o, adapt in _todo(self.param_groups):
+            update = _update_half if ps[0].itemsize < 4 else _update
+            update(ps, [p.grad for p in ps], [_momentum(p, self.state[p]) for p in ps], o, adapt)
+        return loss
+    def __setstate__(self, state):
+        "Only the state of a LARS fits: that of another optimizer lacks options."
+        known = state.get('defaults') or self.defaults
+        for g in state['param_groups']:
+            missing = [k for k in known if k not in g]
+            if missing:
+                raise ValueError('LARS: this state is that of another optimizer, or of another version; '
+                                 f'its groups lack {", ".join(missing)}')
+        torch.optim.Optimizer.__setstate__(self, state)
 
 # %% ../nbs/05_lars.ipynb #596e0677
 _paper_base = {'linear': .3, 'sqrt': .075}

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['RandomQuarterTurn', 'RandomCutout', 'RandomNoise', 'RandomSobel', 'RandomSolarize', 'RandomEqualize',
-           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations', 'solar_augmentations',
-           'apply_cv', 'apply_cpu', 'apply_compiled']
+           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations']
 
 # %% ../nbs/01a_operations.ipynb #bdc0596d
 import math
-from functools import lru_cache, singledispatch
 
-import cv2, numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .augmentations import Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale
-from .augmentations import RandomResizedCrop, RandomTransform, simclr_augmentations
-from .augmentations import check_images, keyed_rng, luma, per_image, to_grayscale
+from .augmentations import (
+    Augmentation, RandomTransform, check_images, keyed_rng, per_image, simclr_augmentations, to_grayscale)
 
 # %% ../nbs/01a_operations.ipynb #a6a7dbd9
 def rotate(
@@ -199,137 +196,3 @@ def broader_augmentations(
     base = simclr_augmentations(size, strength, **kwargs)
     views = dict(n_views=base.n_views, one_branch=base.one_branch)
     return Augmentation(size, base.crop, *base.transforms, *broader_operations(size, p), **views)
-
-# %% ../nbs/01a_operations.ipynb #b0d3a043
-def solar_augmentations(
-    size:int, # side of the views, pixels
-    implementation:str='torchvision', # of brightness and contrast: see `ColorDistortion`
-    **kwargs, # `n_views`, `one_branch`: see `Augmentation`
-)->Augmentation:
-    "For gray pictures without an up: crop, flip, quarter turns, brightness and contrast, little blur."
-    color = ColorDistortion(.3, .5, 0, 0, implementation=implementation)
-    return Augmentation(size, RandomResizedCrop((.3, 1.)), RandomFlip(), RandomQuarterTurn(), color,
-        RandomBlur(5, (.1, 1.), p=.3), **kwargs)
-
-# %% ../nbs/01a_operations.ipynb #764c0de5
-@singledispatch
-def apply_cv(
-    transform:RandomTransform,
-    im, # (H, W, 3) float32 array in [0, 1]
-    params:list, # `n_params` numbers, as drawn, not all zero
-): # (H, W, 3) float32 array in [0, 1]
-    "A transform on one image: as a batch of one, if there is nothing faster."
-    x = torch.from_numpy(np.ascontiguousarray(im)).permute(2, 0, 1)[None]
-    return transform.apply(x, torch.tensor([params])).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-
-# %% ../nbs/01a_operations.ipynb #a26b3d82
-def _at_most_1(im): return cv2.threshold(im, 1, 1, cv2.THRESH_TRUNC, dst=im)[1]
-
-def _at_least_0(im): return cv2.threshold(im, 0, 1, cv2.THRESH_TOZERO, dst=im)[1]
-
-# %% ../nbs/01a_operations.ipynb #cefb0f04
-@apply_cv.register
-def _flip_cv(transform:RandomFlip, im, params): return cv2.flip(im, 1)
-
-@apply_cv.register
-def _turn_cv(transform:RandomQuarterTurn, im, params):
-    return np.ascontiguousarray(np.rot90(im, int(params[0])))
-
-@apply_cv.register
-def _grayscale_cv(transform:RandomGrayscale, im, params): return cv2.transform(im, np.array([luma, luma, luma]))
-
-@apply_cv.register
-def _blur_cv(transform:RandomBlur, im, params):
-    sigma = params[0]
-    r = min(transform.kernel_size//2, math.ceil(5*sigma))    # all that lies beyond 5 σ adds up to less than 1e-6
-    d = np.arange(-r, r + 1)
-    w = np.exp(-d*d/(2*sigma**2))
-    return _at_most_1(cv2.sepFilter2D(im, -1, w/w.sum(), w/w.sum(), borderType=cv2.BORDER_CONSTANT))
-
-# %% ../nbs/01a_operations.ipynb #85ca0465
-def _add_brightness(im, delta):
-    im = im + np.float32(delta)
-    return _at_most_1(im) if delta > 0 else _at_least_0(im)
-
-def _scale_brightness(im, delta): return _at_most_1(im*np.float32(1 + delta))
-
-def _mix(im, f, matrix):
-    "The channels of each pixel through a 3 × 3 or 3 × 4 matrix; with f up to 1 the result is a mean."
-    im = _at_most_1(cv2.transform(im, matrix))
-    return _at_least_0(im) if f > 1 else im
-
-def _contrast(im, f):
-    r, g, b, _ = ((1 - f)*mean for mean in cv2.mean(im))
-    return _mix(im, f, np.array([[f, 0, 0, r], [0, f, 0, g], [0, 0, f, b]]))
-
-def _gray_contrast(im, f):
-    mean = np.dot(luma, cv2.mean(im)[:3])
-    im = _at_most_1(cv2.addWeighted(im, f, im, 0, (1 - f)*mean))
-    return _at_least_0(im) if f > 1 else im
-
-def _gray_saturation(im, f): return _mix(im, f, f*np.eye(3) + (1 - f)*np.array([luma]*3))
-
-# %% ../nbs/01a_operations.ipynb #bd6cc550
-def _through_hsv(im, f, shift):
-    "Saturation times f, at most 1; hue turned by `shift`."
-    hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)            # hue in degrees
-    hsv = cv2.transform(hsv, np.array([[1, 0, 0, 360*(shift % 1)], [0, f, 0, 0], [0, 0, 1, 0]]))
-    if f > 1: np.minimum(hsv[...,1], 1, out=hsv[...,1])
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-# %% ../nbs/01a_operations.ipynb #2d6f4001
-_colors_cv = {                                           # brightness, contrast, saturation; None: by way of HSV
-    'simclrv1': (_add_brightness, _contrast, None),
-    'simclrv2': (_scale_brightness, _contrast, None),
-    'torchvision': (_scale_brightness, _gray_contrast, _gray_saturation)}
-
-@apply_cv.register
-def _color_cv(transform:ColorDistortion, im, params):
-    ops = *_colors_cv[transform.implementation], None
-    order = [i for i in map(int, params[4:]) if transform.max_change[i]]
-    while order:
-        i = order.pop(0)
-        if ops[i]: im = ops[i](im, params[i])
-        else:
-            both = [i, order.pop(0)] if order and not ops[order[0]] else [i]
-            im = _through_hsv(im, params[2] if 2 in both else 1, params[3] if 3 in both else 0)
-    return im
-
-# %% ../nbs/01a_operations.ipynb #547f8b73
-def _apply_one(augment, im, params):
-    "All transforms on one image (H, W, 3) of bytes or floats."
-    if im.dtype == np.uint8: im = np.multiply(im, np.float32(1/255), dtype=np.float32, order='C')
-    else: im = np.ascontiguousarray(im)
-    for transform in augment.transforms:
-        drawn, params = params[:transform.n_params], params[transform.n_params:]
-        if any(drawn): im = apply_cv(transform, im, drawn)
-    return im
-
-def apply_cpu(
-    augment:Augmentation,
-    x:Tensor, # (B, 3, size, size), already cropped: float32 in [0, 1], or uint8; on the CPU
-    params:Tensor, # (B, P), as drawn
-)->Tensor: # (B, 3, size, size), float32 in [0, 1]
-    "What `augment.apply` does, image by image with OpenCV, without gradients."
-    augment.check_params(x, params)
-    if x.device.type != 'cpu' or x.dtype not in (torch.uint8, torch.float32) or x.requires_grad:
-        raise ValueError(f'expected uint8 or float32 images on a CPU, without gradients, got {x.dtype} '
-                         f'on {x.device}, requires_grad={x.requires_grad}. Use augment.apply')
-    if x.shape[1] != 3: return augment.apply(x, params)      # OpenCV's colors are RGB
-    out = np.empty((len(x), *x.shape[2:], 3), np.float32)   # not torch.empty: NumPy gets large pages
-    for to, im, row in zip(out, x.permute(0, 2, 3, 1).numpy(), params.tolist()):
-        to[...] = _apply_one(augment, im, row)
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
-
-# %% ../nbs/01a_operations.ipynb #0fcacd0e
-@lru_cache(maxsize=8)
-def _compiled(augment): return torch.compile(augment.apply, fullgraph=True)
-
-def apply_compiled(
-    augment:Augmentation,
-    x:Tensor, # (B, 3, size, size), already cropped: float in [0, 1], or uint8
-    params:Tensor, # (B, P), as drawn
-)->Tensor: # (B, 3, size, size), float in [0, 1]
-    "What `augment.apply` does, compiled to one graph when the first batch comes."
-    augment.check_params(x, params)
-    return _compiled(augment)(x, params)

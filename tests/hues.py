@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image
 
-from simclr_nb.data.datasets import folder_images
+from simclr_nb.data.sets import folder_images
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 

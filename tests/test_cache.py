@@ -5,7 +5,9 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import BadImage, ImageSet, TwoCropDataset, train_loader
+from simclr_nb.data.datasets import TwoCropDataset, train_loader
+from simclr_nb.data.files import BadImage
+from simclr_nb.data.sets import ImageSet
 
 augment = simclr_augmentations(24)
 

@@ -14,10 +14,12 @@ from simclr_nb.commands import main as cli
 from simclr_nb.using import curate
 from simclr_nb.features import neighbors
 from simclr_nb.core import write_json
-from simclr_nb.data.datasets import ImageSet, train_test_splits
+from simclr_nb.data.sources import train_test_splits
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.features.copies import thumbnails
 from simclr_nb.encoder import build_encoder, load_encoder, save_encoder
-from simclr_nb.features.extract import extract_features, nearest
+from simclr_nb.features.extract import extract_features
+from simclr_nb.features.neighbors import nearest
 from simclr_nb.training.folder import clear_run
 from simclr_nb.using.vectors import Vectors, read_vectors, write_vectors
 

@@ -8,8 +8,9 @@ from PIL import Image
 
 from simclr_nb.augmentations import keyed_rng, simclr_augmentations
 from simclr_nb.core import pixels
-from simclr_nb.data.datasets import (BadImage, EvalDataset, ImageSet, TwoCropDataset, folder_images, folder_splits, image_files,
-                            open_image, stratified_split, train_loader)
+from simclr_nb.data.datasets import EvalDataset, TwoCropDataset, train_loader
+from simclr_nb.data.files import BadImage, open_image
+from simclr_nb.data.sets import ImageSet, folder_images, folder_splits, image_files, stratified_split
 from simclr_nb.operations import AutoAugment
 
 root = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from simclr_nb.data.channels import augmentation_for_channels, read_array
 from simclr_nb.encoder import encoder_info, load_encoder
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import BadImage
-from simclr_nb.operations import apply_cpu, broader_augmentations
+from simclr_nb.operations import broader_augmentations
+from simclr_nb.training.views import apply_cpu
 from simclr_nb.data.sets import ImageSet, folder_images
 from simclr_nb.using.vectors import read_vectors
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import forks
 from conftest import free_port
-from simclr_nb.training.history import OnlineEval
+from simclr_nb.training.online import OnlineEval
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.training.memory import checkpoint_activations

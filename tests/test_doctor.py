@@ -11,12 +11,15 @@ from torch import nn
 import forks
 
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.training.history import FreezeEncoder, History, read_history
-from simclr_nb.training.checkup import check_images
-from simclr_nb.data.datasets import ImageSet, augmentations_for
+from simclr_nb.training.callbacks import FreezeEncoder
+from simclr_nb.training.history import History, read_history
+from simclr_nb.features.copies import check_images
+from simclr_nb.data.sources import augmentations_for
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.training.checks import plan_advice
 from simclr_nb.learner import simclr_learner
-from simclr_nb.training.online import OnlineMeasures, alpha_req, lidar, rankme, view_features
+from simclr_nb.features.spectrum import alpha_req, lidar, rankme
+from simclr_nb.training.online import OnlineMeasures, view_features
 from simclr_nb.training.resume import Checkpoints
 
 

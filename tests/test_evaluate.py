@@ -9,9 +9,10 @@ from simclr_nb.commands import main as cli
 from simclr_nb.data import datasets as data
 from simclr_nb.features import logistic
 from simclr_nb.evaluation import protocols
-from simclr_nb.data.datasets import train_test_splits
+from simclr_nb.data.sources import train_test_splits
 from simclr_nb.encoder import build_encoder, save_encoder
-from simclr_nb.evaluation.protocols import Candidate, EvalSuite, pixels_encoder, run_protocol, run_protocols, summarize
+from simclr_nb.evaluation.candidates import Candidate, pixels_encoder
+from simclr_nb.evaluation.protocols import EvalSuite, run_protocol, run_protocols, summarize
 
 
 def simclr(*args):

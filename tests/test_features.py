@@ -5,9 +5,14 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from simclr_nb.data.datasets import BadImage, ImageSet, load_images
+from simclr_nb.data.sources import load_images
+from simclr_nb.data.files import BadImage
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.features.copies import find_near_duplicates
-from simclr_nb.features.extract import accuracy, effective_rank, extract_features, knn_predict, nearest
+from simclr_nb.features.extract import extract_features
+from simclr_nb.features.metrics import accuracy
+from simclr_nb.features.neighbors import knn_predict, nearest
+from simclr_nb.features.spectrum import effective_rank
 
 
 def cells(n): return load_images('solar_cells').subset(range(n))

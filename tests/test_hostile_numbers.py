@@ -7,7 +7,12 @@ from fastcore.docments import docments
 from PIL import Image
 
 import simclr_nb.all
-from simclr_nb.all import ImageSet, LARS, load_encoder, nt_xent, save_encoder, simclr_augmentations, simclr_learner
+from simclr_nb.augmentations import simclr_augmentations
+from simclr_nb.encoder import load_encoder, save_encoder
+from simclr_nb.ntxent import nt_xent
+from simclr_nb.lars import LARS
+from simclr_nb.data.sets import ImageSet
+from simclr_nb.learner import simclr_learner
 from simclr_nb.core import save_tensors
 from simclr_nb.encoder import build_encoder, encoder_info, resnet
 from simclr_nb.training.memory import checkpoint_activations

@@ -5,9 +5,11 @@ from html.parser import HTMLParser
 
 import numpy as np, pytest, torch
 from PIL import Image
+
 import forks
-from simclr_nb.features.extract import nearest_to_each
-from simclr_nb.pictures.plots import html_map, plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
+from simclr_nb.features.neighbors import nearest_to_each
+from simclr_nb.pictures.pages import html_map
+from simclr_nb.pictures.plots import plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
 
 evil = ['<b>&"', '</script><script>document.title = "broken"</script>', 'plain']
 browsers = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'

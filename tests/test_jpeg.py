@@ -6,8 +6,10 @@ import numpy as np, pytest, simplejpeg, torch
 from PIL import Image
 
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import ImageSet, TwoCropDataset
-from simclr_nb.data.files import BadImage, Jpeg, decode_crops, open_for_crops, open_lazy
+from simclr_nb.data.datasets import TwoCropDataset
+from simclr_nb.data.sets import ImageSet
+from simclr_nb.data.crops import Jpeg, decode_crops, open_for_crops
+from simclr_nb.data.files import BadImage, open_lazy
 
 coarse, fine = (Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8))
                 for w, h in ((9, 7), (331, 205)))

@@ -5,11 +5,13 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from hues import pictures
-from simclr_nb.data.datasets import ImageSet
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.encoder import build_encoder
 from simclr_nb.evaluation.finetune import finetune, label_fraction_scores, label_indices, set_bn_momentum
-from simclr_nb.evaluation.linear import (check_labels, classification_report, classifier_learner, fit_cosine, linear_evaluation,
-                              permutation_test, score)
+from simclr_nb.features.metrics import permutation_test
+from simclr_nb.evaluation.classifier import (
+    check_labels, classification_report, classifier_learner, fit_cosine)
+from simclr_nb.evaluation.linear import linear_evaluation, score
 
 
 def test_finetuning_takes_a_grid_and_skips_what_diverges(tmp_path):

@@ -5,7 +5,7 @@ import pytest, timm, torch, torch.distributed as dist, torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_nb.data.datasets import augmentations_for, load_images
+from simclr_nb.data.sources import augmentations_for, load_images
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS, learning_rate, param_groups
 from simclr_nb.learner import simclr_learner

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import forks, tensor_bundle as tb
-from simclr_nb.channels import adapt_channels
+from simclr_nb.encoder import adapt_channels
 from simclr_nb.core import BadCheckpoint
 from simclr_nb.weights.bundle import Entry, read_index, read_table
 from simclr_nb.encoder import MaxPoolSame, build_encoder, encoder_info, load_encoder, save_encoder

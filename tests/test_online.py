@@ -9,9 +9,9 @@ import forks
 from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.training.history import OnlineEval, OnlineProbe
-from simclr_nb.data.datasets import ImageSet
-from simclr_nb.features.extract import knn_evaluator
+from simclr_nb.training.online import OnlineEval, OnlineProbe
+from simclr_nb.data.sets import ImageSet
+from simclr_nb.features.neighbors import knn_evaluator
 from simclr_nb.learner import simclr_learner
 
 AUGMENT = Augmentation(32, RandomResizedCrop(), RandomFlip())

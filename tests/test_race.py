@@ -68,7 +68,7 @@ def test_unknown_contestants_are_named(tmp_path):
 def test_the_judge_knows_a_good_encoder_from_a_bad_one(tmp_path):
     import numpy as np, torch
     from PIL import Image
-    from simclr_nb.data.datasets import ImageSet
+    from simclr_nb.data.sets import ImageSet
     rng, files, labels = np.random.default_rng(0), [], []
     for i in range(200):                                   # class: which half is bright
         x = rng.integers(0, 60, (8, 8, 3)).astype(np.uint8)

@@ -23,14 +23,14 @@ def test_a_typing_error_is_told_before_anything_is_run(monkeypatch):
 
 def test_the_recipe_is_that_of_the_demo():
     "As the bench builds it, the augmentation is the preset's."
-    from simclr_nb.operations import solar_augmentations
+    from simclr_nb.data.sources import solar_augmentations
     def parts(augment): return [(type(t), vars(t)) for t in (augment.crop, *augment.transforms)]
     assert parts(recipe.augmentation(recipe.changed('recipe'))) == parts(solar_augmentations(64))
     assert parts(recipe.augmentation(recipe.changed('crop=.08'))) != parts(solar_augmentations(64))
 
 
 def test_test_cells_have_no_say():
-    from simclr_nb.data.datasets import train_test_splits
+    from simclr_nb.data.sources import train_test_splits
     train, test = train_test_splits('solar_cells')
     fit, held_out = recipe.parts()
     files = [set(map(str, part.files)) for part in (train, test, fit, held_out)]

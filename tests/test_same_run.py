@@ -12,7 +12,7 @@ from torch import nn
 import faults, forks
 from conftest import free_port
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import folder_images
+from simclr_nb.data.sets import folder_images
 from simclr_nb.learner import simclr_learner
 from simclr_nb.data.stores import tar_images
 

@@ -9,15 +9,19 @@ from PIL import Image
 import forks, pretend
 from conftest import free_port
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, RandomTransform, simclr_augmentations
-from simclr_nb.training.history import History, OnlineProbe, SanityChecks
+from simclr_nb.training.checks import SanityChecks
+from simclr_nb.training.history import History
+from simclr_nb.training.online import OnlineProbe
 from simclr_nb.core import send
-from simclr_nb.data.datasets import ImageSet
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import any_rank, gather_rows, global_batch_norm, host_or
-from simclr_nb.learner import simclr_learner, supervised_learner
+from simclr_nb.learner import simclr_learner
+from simclr_nb.evaluation.classifier import supervised_learner
 from simclr_nb.ntxent import nt_xent
-from simclr_nb.operations import broader_augmentations, solar_augmentations
+from simclr_nb.operations import broader_augmentations
+from simclr_nb.data.sources import solar_augmentations
 from simclr_nb.training.resume import Checkpoints, saved_states
-from simclr_nb.training.callbacks import Late
+from simclr_nb.core import Late
 
 pretend.register()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

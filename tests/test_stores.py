@@ -11,7 +11,8 @@ from simclr_nb.commands import main as cli
 from simclr_nb.data import stores
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
 from simclr_nb.training.history import History, read_history
-from simclr_nb.data.datasets import TwoCropDataset, load_images, train_loader
+from simclr_nb.data.datasets import TwoCropDataset, train_loader
+from simclr_nb.data.sources import load_images
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import StoreError
 from simclr_nb.data.sets import ImageSet, folder_images
@@ -111,7 +112,7 @@ def test_a_set_of_the_hugging_face_library(place, folder):
     data = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(place/'hub'))
     data.save_to_disk(str(place/'saved'))
     assert same(batches(ImageSet(load_images(place/'saved').files, folder.labels)), batches(folder))
-    from simclr_nb.data.tables import hub_images
+    from simclr_nb.data.sources import hub_images
     images = hub_images(data)
     assert images.classes == folder.classes and same(batches(images), batches(folder))
 

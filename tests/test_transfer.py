@@ -7,9 +7,10 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from simclr_nb.data.datasets import ImageSet
+from simclr_nb.data.sets import ImageSet
 from simclr_nb.evaluation import transfer as module
-from simclr_nb.evaluation.transfer import find_transfer, transfer, transfer_linear, transfer_sets, transfer_splits
+from simclr_nb.evaluation.transfer import transfer, transfer_linear
+from simclr_nb.evaluation.transfer_sets import find_transfer, transfer_sets, transfer_splits
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 RNG = np.random.default_rng(0)

@@ -3,8 +3,10 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 from simclr_nb.augmentations import crop_views, make_views, simclr_augmentations
-from simclr_nb.data.datasets import folder_images, train_loader
-from simclr_nb.operations import apply_cpu, broader_augmentations
+from simclr_nb.data.datasets import train_loader
+from simclr_nb.data.sets import folder_images
+from simclr_nb.operations import broader_augmentations
+from simclr_nb.training.views import apply_cpu
 
 IMAGES, SEED = 32, 3
 

@@ -28,14 +28,13 @@ def symbols():
             for symbol, (link, file) in found.items()]
 
 def anchors(text, name):
-    "Mark the definitions on page `name` with the ids that nbdev's links end in, as in ntxent.html#nt_xent."
-    links = {symbol: link for symbol, link, _ in symbols()}
-    for symbol in sorted(links, key=lambda o: o.count('.')):  # classes before their methods
-        page, anchor = links[symbol].split('#')
+    "Mark the definitions on the page at `name`, below the site, with the ids that nbdev's links end in."
+    here = [(symbol, link.split('#')[1]) for symbol, link, _ in symbols() if link.split('#')[0] == name]
+    for symbol, anchor in sorted(here, key=lambda found: found[0].count('.')):  # classes before their methods
         owner, _, attr = symbol.rpartition('.')
         start = max(text.find(f'id="{owner.lower()}"'), 0) if owner else 0
         definition = rf'(<span class="kw">(?:def|class)</span> )((?:<span class="\w+">)?{attr}\b)'
-        if page == name: text = text[:start] + re.sub(definition, rf'\1<a id="{anchor}"></a>\2', text[start:], count=1)
+        text = text[:start] + re.sub(definition, rf'\1<a id="{anchor}"></a>\2', text[start:], count=1)
     return text
 
 def breakable(text):
@@ -51,8 +50,9 @@ def finish(page, names):
     text = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', text)
     for old, new in names.items(): text = text.replace(old, new)
     if page.suffix == '.html': text = breakable(text)
-    page.write_text(anchors(text, name), encoding='utf-8')
-    page.rename(page.with_name(name))
+    place = page.with_name(name)
+    page.write_text(anchors(text, place.relative_to(site).as_posix()), encoding='utf-8')
+    page.rename(place)
 
 def docstrings(file):
     "First lines of the docstrings of a module's functions and classes, by name."

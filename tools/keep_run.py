@@ -6,7 +6,7 @@ import json, shutil, sys
 from pathlib import Path
 
 from simclr_nb.encoder import load_encoder, save_encoder
-from simclr_nb.projection import load_head, save_head
+from simclr_nb.weights.files import load_head, save_head
 
 
 def keep(run, to):

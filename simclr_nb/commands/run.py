@@ -17,34 +17,37 @@ from pathlib import Path
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device, no_random
-from .. import __version__
-from ..core import get_rank, shown
-from ..encoder import build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info
-from ..weights.files import pretrained
-from ..projection import SimCLR, projection_head, save_head
-from ..data.datasets import augmentations_for, check_batch, load_images, presets
+from ..core import get_rank, markdown_table, shown
+from ..encoder import (
+    adapt_channels, build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info)
+from ..projection import SimCLR, projection_head
+from ..lars import schedule_plan
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
-from ..channels import adapt_channels
-from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
-from ..training.history import FreezeEncoder, History, OnlineEval, read_history
-from ..training.resume import Checkpoints, saved_states
-from ..learner import schedule_plan, simclr_learner
-from ..training.online import OnlineMeasures
-from ..training.checks import Doctor
-from ..features.extract import knn_evaluator
+from ..weights.files import pretrained, save_head
 from ..weights.official import load_official
-from ..pictures.plots import markdown_table, plot_history, save_figure
-from ..training.checkup import look_at_images
+from ..data.datasets import check_batch
+from ..data.sources import augmentations_for, load_images, presets
+from ..features.copies import look_at_images
+from ..features.neighbors import knn_evaluator
+from ..pictures.plots import plot_history, save_figure
+from ..training.callbacks import FreezeEncoder
+from ..training.checks import Doctor
 from ..training.folder import finish, held_folder, read_json, run_folder, settle
+from ..training.history import History, read_history
+from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
+from ..training.online import OnlineEval, OnlineMeasures
+from ..training.resume import Checkpoints, saved_states
+from ..learner import simclr_learner
 from .options import two_numbers
+from .pretrain import Pretrain
 
 # %% ../../nbs/commands/03_run.ipynb #a2f274c8
-def view_size(s)->int:
+def view_size(s:Pretrain)->int:
     "The side of the views in pixels: as set, or as in the preset of the source, or 224."
     if s.size: return s.size
     return presets[s.source].size if s.source in presets else 224
 
-def run_images(s):
+def run_images(s:Pretrain):
     "The images to train on."
     images = load_images(s.source)
     if s.channels: images = images.with_channels(s.channels, *two_numbers('--value-range', s.value_range))
@@ -65,7 +68,7 @@ def check_wandb():
                          'or set WANDB_MODE=offline to keep the log in the folder of the run')
 
 # %% ../../nbs/commands/03_run.ipynb #8019f407
-def check_machine(s):
+def check_machine(s:Pretrain):
     "A `ValueError` for settings that this machine, or this start, cannot honor."
     if s.precision == 'fp16' and default_device().type == 'cpu':
         raise ValueError('float16 is for GPUs: take --precision bf16 or fp32 on a CPU')
@@ -81,7 +84,7 @@ def check_machine(s):
     if s.log == 'wandb': check_wandb()
 
 # %% ../../nbs/commands/03_run.ipynb #bdacbf48
-def start_of(s, out:Path|None=None): # settings, `size` is set; folder of the run
+def start_of(s:Pretrain, out:Path|None=None): # settings, `size` is set; folder of the run
     "What a run begins with: the name of its network, or an encoder with weights."
     if not s.weights: return s.arch
     kept = out/'start.safetensors' if out else None
@@ -90,7 +93,7 @@ def start_of(s, out:Path|None=None): # settings, `size` is set; folder of the ru
     else: encoder = pretrained(s.weights, s.arch, s.size)
     return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
 
-def build_model(s)->SimCLR:
+def build_model(s:Pretrain)->SimCLR:
     "Encoder and head of some settings, as a run begins."
     with no_random(s.seed):
         encoder = build_encoder(start_of(s), s.size, s.stem)
@@ -102,7 +105,7 @@ def build_model(s)->SimCLR:
 # %% ../../nbs/commands/03_run.ipynb #35a64c2c
 dtypes = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-def bytes_needed(s, model, processes:int)->tuple: # bytes a device holds, bytes it sends in a step
+def bytes_needed(s:Pretrain, model, processes:int)->tuple: # bytes a device holds, bytes it sends in a step
     "Estimates for one of the processes that share a batch."
     held = memory_per_device(model, s.size, s.batch_size, processes, s.micro_batch, dtypes[s.precision])
     second_moment = held['momentum'] if s.optimizer == 'adam' else 0
@@ -111,7 +114,7 @@ def bytes_needed(s, model, processes:int)->tuple: # bytes a device holds, bytes 
 
 # %% ../../nbs/commands/03_run.ipynb #43aea0e0
 def dry_run_facts(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
 )->dict: # what to how much, as text
     "What a run of these settings would do, on each of its devices."
     if s.batch_size % (s.processes or 1):
@@ -136,7 +139,7 @@ def dry_run_facts(
 
 # %% ../../nbs/commands/03_run.ipynb #0ac9bc35
 def make_learner(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
     images, # `ImageSet`
     out:Path|None=None, # folder of the run, where it keeps what it began with
 ):
@@ -156,7 +159,7 @@ def make_learner(
 
 # %% ../../nbs/commands/03_run.ipynb #5b687241
 def run_config(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
     defining:dict, # those of them that make this run, by name
     learn,
     images, # `ImageSet`
@@ -182,7 +185,7 @@ def tensorboard_logger(folder:Path):
                     if isinstance(v, (int, float)): self.writer.add_scalar(f'{name}_{i}', v, self.train_iter)
     return Numbers(folder, trace_model=False, log_preds=False)
 
-def make_logger(s, out:Path, learn, config:dict)->list:
+def make_logger(s:Pretrain, out:Path, learn, config:dict)->list:
     "fastai's callback for TensorBoard or W&B, in the first process; none if none is wanted."
     if s.log is None or get_rank(): return []
     if s.log == 'tensorboard': return [tensorboard_logger(out/'tensorboard')]
@@ -205,7 +208,7 @@ class Replacement(Callback):
     def after_epoch(self): self.after_batch()
 
 # %% ../../nbs/commands/03_run.ipynb #bd7e288e
-def make_online_eval(s, images)->list:
+def make_online_eval(s:Pretrain, images)->list:
     "Nearest neighbors every few epochs, where the images have labels."
     if not s.knn_every or images.labels is None: return []
     try: evaluate = knn_evaluator(images, s.size)
@@ -214,7 +217,7 @@ def make_online_eval(s, images)->list:
         return []
     return [OnlineEval(evaluate, every=s.knn_every)]
 
-def make_callbacks(s, out:Path, learn, images, config:dict, defining:dict)->list:
+def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:dict)->list:
     "What goes along with a run: checkpoints, history, evaluation, loggers."
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
     checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
@@ -267,7 +270,7 @@ def begun(out:Path, config:dict, keys, overwrite:bool=False): # as `held_folder`
         yield at_first(lambda: stack.enter_context(held_folder(out, config, keys, overwrite, restarted)))
 
 # %% ../../nbs/commands/03_run.ipynb #4f72a159
-def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all processes but the first
+def train(s:Pretrain, out:Path, learn, cbs:list)->dict: # for report.json; empty in all processes but the first
     "Pretrain, and save what came of it."
     first, checkpoints = not get_rank(), cbs[0]
     pairs = out/'figures'/'pairs.png'
@@ -286,7 +289,7 @@ def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all p
 
 # %% ../../nbs/commands/03_run.ipynb #a2b02ba4
 @contextmanager
-def stopping(s, learn, log):
+def stopping(s:Pretrain, learn, log):
     "One line where a signal ended the run: how to go on."
     try: yield
     except (SystemExit, KeyboardInterrupt) as e:
@@ -296,13 +299,13 @@ def stopping(s, learn, log):
         raise SystemExit(128 + signal.SIGINT) if isinstance(e, KeyboardInterrupt) else e
 
 # %% ../../nbs/commands/03_run.ipynb #4ad4a533
-def keep_start(s, out:Path, learn):
+def keep_start(s:Pretrain, out:Path, learn):
     "Keep what a run began with: to go on without a download, and as a baseline of its evaluation."
     if s.weights and not get_rank() and not (out/'start.safetensors').exists():
         save_encoder(learn.encoder, out/'start.safetensors')
 
 def pretrain_run(
-    s, # settings
+    s:Pretrain, # settings
     defining:dict, # those of them that make this run, by name
 ):
     "The whole of `simclr pretrain`, in each of the processes that a launcher started."

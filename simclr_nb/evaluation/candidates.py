@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['built_in', 'free_settings', 'Found', 'timm_encoder', 'find_encoder', 'evaluation_folder', 'head_of', 'untrained',
-           'untrained_head', 'transform_of', 'candidate', 'candidates', 'check_repetitions']
+           'untrained_head', 'Candidate', 'transform_of', 'candidate', 'candidates', 'check_repetitions', 'read_as',
+           'pixels_encoder', 'principal_components']
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #5f520709
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
+import timm, torch
 from fastai.torch_core import default_device, no_random
+from sklearn.decomposition import PCA
 from torch import nn
 from ..encoder import encoder_info, load_encoder
-from ..weights.files import pretrained
-from ..projection import load_head, projection_head
-from .finetune import reinit
+from ..projection import projection_head
+from ..weights.files import load_head, pretrained, reinit
 from ..weights.official import preprocess
-from .protocols import Candidate, pixels_encoder
+from ..data.sets import ImageSet
 from ..training.folder import read_json, run_folder
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #ca9c08d5
@@ -93,6 +94,17 @@ def untrained_head(head:nn.Module, seed:int)->nn.Module:
     "A projection head of the same kind with random weights."
     parts = {k: head.config[k] for k in ('dim_in', 'kind', 'dim_out', 'hidden', 'layers', 'bn')}
     with no_random(seed): return projection_head(**parts)
+
+# %% ../../nbs/evaluation/04_candidates.ipynb #f568fc1a
+class Candidate(NamedTuple):
+    "An encoder to evaluate, and how images are prepared for it."
+    name:str # in tables; several runs of one recipe share it
+    encoder:nn.Module # (B, 3, size, size) in [0, 1] to (B, d)
+    size:int # side, pixels
+    crop:float=1. # as in `extract_features`
+    transform:object=None # as in `extract_features`
+    run:int=0 # number of the run, from 0
+    def how(self): return dict(size=self.size, crop=self.crop, transform=self.transform)
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #68e687b4
 built_in = 'pixels', 'pca', 'untrained', 'start', 'supervised'
@@ -172,3 +184,28 @@ def _settings(found):
     config = read_json(found.run/'config.json') if found.run else {}
     info = {k: encoder_info(found.encoder).get(k) for k in ('arch', 'size', 'stem')}
     return info | {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
+
+# %% ../../nbs/evaluation/04_candidates.ipynb #53ddbe14
+def read_as(
+    images:ImageSet,
+    encoder, # that `encoder_info` knows
+)->ImageSet:
+    "A set, read as the one on which an encoder was trained."
+    info = encoder_info(encoder)
+    return images.with_channels(info['channels'], **info['pixels']) if info.get('pixels') else images
+
+# %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
+def pixels_encoder(
+    side:int, # of the averaged image, pixels
+)->nn.Module: # (B, 3, size, size) to (B, 3·side·side)
+    "No network at all: the pixels of an image, averaged to a smaller one."
+    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+
+def principal_components(
+    bank, queries, # (n, d) and (m, d) features
+    components:int=128, # at most
+)->tuple: # both, (n, k) and (m, k)
+    "Features after a PCA of the bank."
+    k = min(components, *bank.shape)
+    pca = PCA(k, random_state=0).fit(bank.cpu().numpy())
+    return tuple(torch.from_numpy(pca.transform(h.cpu().numpy())).to(bank.device) for h in (bank, queries))

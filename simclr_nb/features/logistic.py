@@ -14,7 +14,7 @@ import numpy as np, torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from ..core import TooFewImages
-from .extract import accuracy, check_classes, check_features, to_numpy
+from .metrics import accuracy, check_classes, check_features, to_numpy
 
 # %% ../../nbs/features/05_logistic.ipynb #241ffc2f
 def _eigen_basis(a): # (n, d)

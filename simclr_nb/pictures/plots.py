@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['protocol_names', 'colors', 'palette', 'plot_scores', 'plot_neighbors', 'project_2d', 'plot_map', 'plot_confusion',
-           'plot_label_fractions', 'plot_spectrum', 'plot_history', 'plot_alignment_uniformity', 'html_map']
+           'plot_label_fractions', 'plot_spectrum', 'plot_history', 'plot_alignment_uniformity']
 
 # %% ../../nbs/pictures/01_plots.ipynb #bf8c52a6
-import base64, html, io, json, warnings
-from importlib.resources import files
+import warnings
 from pathlib import Path
 
-import torch.nn.functional as F, numpy as np, matplotlib.pyplot as plt, torch
-from PIL import Image, ImageOps
+import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
+from PIL import ImageOps
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
-from ..data.datasets import ImageSet
-from ..features.extract import check_features, effective_rank, nearest, nearest_to_each, printable, singular_values
+from ..core import printable
+from ..data.sets import ImageSet
+from ..features.metrics import check_features
+from ..features.neighbors import nearest
+from ..features.spectrum import effective_rank, singular_values
 
 # %% ../../nbs/pictures/01_plots.ipynb #80c01d43
 protocol_names = dict(knn='nearest neighbors', logreg='logistic regression',
@@ -72,22 +74,6 @@ def _score_bars(ax, scores, name, j, n):
     bars = ax.bar(x, mean, .75/n, yerr=error, error_kw=dict(lw=1, ecolor='.2'), label=printable(name),
                   color=colors.get(name))
     ax.bar_label(bars, fmt='%.1f', fontsize=8)
-
-# %% ../../nbs/pictures/01_plots.ipynb #98f1ef35
-def _table_line(cells, width, left):
-    first, *rest = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, width)))
-    return '| ' + ' | '.join([first, *rest]) + ' |'
-
-def markdown_table(
-    head:list, # of strings
-    rows:list, # of lists of strings
-    left:int=1, # columns of text, to the left; the others, of numbers, to the right
-)->str:
-    "A table in Markdown that is one on a terminal too."
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    rule = ['-'*(w + 2) if i < left else '-'*(w + 1) + ':' for i, w in enumerate(width)]
-    lines = [_table_line(r, width, left) for r in (head, *rows)]
-    return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
 
 # %% ../../nbs/pictures/01_plots.ipynb #e6d73729
 def _mark(ax, same): # True, False, or None where nobody knows
@@ -312,84 +298,3 @@ def _geometry(history):
     there = np.isfinite(a) & np.isfinite(u)
     if not there.any(): raise ValueError('the history has no row with both alignment and uniformity')
     return step[there], a[there], u[there]
-
-# %% ../../nbs/pictures/01_plots.ipynb #04a58b63
-def _thumbnails(images, side): # (n, side, side, 3) uint8
-    return np.stack([np.asarray(ImageOps.fit(images[i].convert('RGB'), (side, side))) for i in range(len(images))])
-
-def _sheet(thumbs, columns):
-    "One picture of many thumbnails, row by row; the last row is filled with black."
-    rows, side = -(-len(thumbs)//columns), thumbs.shape[1]
-    page = np.zeros((rows*columns, side, side, 3), np.uint8)
-    page[:len(thumbs)] = thumbs
-    page = page.reshape(rows, columns, side, side, 3).swapaxes(1, 2)      # rows, y, columns, x, color
-    return Image.fromarray(page.reshape(rows*side, columns*side, 3))
-
-def _sheets(thumbs, columns=16, quality=70):
-    "JPEG files in base64, each of columns × columns thumbnails."
-    pages = []
-    for i in range(0, len(thumbs), columns**2):
-        file = io.BytesIO()
-        _sheet(thumbs[i:i + columns**2], columns).save(file, 'JPEG', quality=quality)
-        pages.append(base64.b64encode(file.getvalue()).decode())
-    return pages
-
-# %% ../../nbs/pictures/01_plots.ipynb #1dcd1d6f
-def _check_lengths(n, **given):
-    for name, v in given.items():
-        if v is not None and len(v) != n:
-            raise ValueError(f'the map has {n} points, and {name} has {len(v)}: give one of each for every point')
-
-def _places(xy):
-    "Both coordinates in [0, 1], y downwards as screens have it, the larger side filled."
-    xy = np.asarray(xy, float)
-    if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
-        raise ValueError(f'xy are finite numbers (n, 2), got {xy.shape}')
-    xy = (xy - (xy.max(0) + xy.min(0))/2)*[1, -1]/max(np.ptp(xy, 0).max(), 1e-9) + .5
-    return xy.round(4).T.tolist()
-
-def _class_names(labels, classes):
-    classes = [f'class {c}' for c in range(labels.max() + 1)] if classes is None else [printable(c) for c in classes]
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(f'labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} classes')
-    return classes
-
-# %% ../../nbs/pictures/01_plots.ipynb #35c32e7e
-def _map_data(xy, images, labels, classes, neighbors, side):
-    "What the page needs, in JSON's types."
-    n, labeled = len(xy), labels is not None
-    _check_lengths(n, images=images, labels=labels, neighbors=neighbors)
-    x, y = _places(xy)
-    labels = np.asarray(labels) if labeled else np.zeros(n, int)
-    classes = _class_names(labels, classes if labeled else None)
-    near = [[]]*n if neighbors is None else torch.as_tensor(neighbors).tolist()
-    names = [printable(f.name) for f in images.files] if isinstance(images, ImageSet) else ['']*n
-    side = side or (64 if n <= 2000 else 48)
-    sheets = _sheets(_thumbnails(images, side), quality=70 if n <= 2000 else 60)
-    return dict(x=x, y=y, labels=labels.tolist(), classes=classes, labeled=labeled, names=names, near=near,
-                side=side, columns=16, per=256, sheets=sheets)
-
-# %% ../../nbs/pictures/01_plots.ipynb #3f30f6b1
-def html_map(
-    path:str|Path, # the file; folders are made
-    xy, # (n, 2) places, from `project_2d`
-    images, # n of them: an `ImageSet`, or a list of PIL images
-    labels=None, # (n,) integers
-    classes:list|None=None, # their names
-    neighbors=None, # (n, k) indices of each image's neighbors, from `nearest_to_each`
-    title:str='A map of representations',
-    side:int|None=None, # of the thumbnails, pixels, a multiple of 16; None: 64, above 2,000 images 48
-)->Path: # path
-    "An interactive map in one HTML file that needs no network."
-    path, data = Path(path), _map_data(xy, images, labels, classes, neighbors, side)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    title = printable(title)
-    path.write_text(_page(title, dict(title=title) | data), encoding='utf-8')
-    return path
-
-# %% ../../nbs/pictures/01_plots.ipynb #3c687d90
-def _page(title, data):
-    page = files('simclr_nb').joinpath('map.html').read_text(encoding='utf-8')
-    before, _, after = page.partition('{{data}}')
-    data = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
-    return before.replace('{{title}}', html.escape(title)) + data + after

@@ -19,9 +19,14 @@ from ..operations import (
 from ..encoder import build_encoder
 from ..ntxent import nt_xent
 from ..losses import margin_triplet, nt_logistic
-from ..data.datasets import ImageSet, train_test_splits
-from ..learner import optimizers, simclr_learner, supervised_learner
-from ..features.extract import accuracy, effective_rank, extract_features, knn_predict
+from ..data.sources import train_test_splits
+from ..data.sets import ImageSet
+from ..learner import optimizers, simclr_learner
+from ..evaluation.classifier import supervised_learner
+from ..features.extract import extract_features
+from ..features.metrics import accuracy
+from ..features.neighbors import knn_predict
+from ..features.spectrum import effective_rank
 from ..evaluation.linear import transformation_probe
 from ..features.logistic import logistic_regression
 from .grids import Training, scales

@@ -22,7 +22,8 @@ from ..projection import SimCLR, projection_head
 from ..lars import schedule_plan
 from ..training.memory import memory_per_device
 from .grids import Point, Study, Training, pair_label, pair_names, scales, studies
-from ..pictures.plots import markdown_table, save_figure
+from ..core import markdown_table
+from ..pictures.plots import save_figure
 from .points import run_point
 
 # %% ../../nbs/studies/03_results.ipynb #59eed53e

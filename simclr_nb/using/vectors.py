@@ -4,28 +4,29 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'check_vectors_file', 'write_vectors', 'read_vectors', 'vectors_file', 'about_encoder', 'encoder_of',
-           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'picture_at',
-           'thumbnail', 'gallery_page']
+           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'vectors_for',
+           'check_vectors', 'map_method', 'check_map_file', 'open_command', 'labels_of', 'map_columns', 'write_map']
 
 # %% ../../nbs/using/01_vectors.ipynb #8be9aa29
-import base64, html, io, json
+import io, json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, torch, torch.nn.functional as F
-from PIL import ImageOps
 from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
-from ..core import atomic_write, read_description, save_tensors, shown
-from ..data.datasets import BadImage, ImageSet, open_image
-from ..data.channels import read_array, read_as
-from ..data.tables import file_at
-from ..features.store import encoder_facts
-from ..features.extract import extract_features, nearest
-from ..features.neighbors import neighbors_of
-from ..pictures.plots import markdown_table
-from ..evaluation.candidates import candidate, find_encoder
+from ..core import (
+    TooFewImages, atomic_write, markdown_table, printable, read_description, save_tensors, shown)
+from ..data.files import BadImage
+from ..data.sets import ImageSet
+from ..features.extract import encoder_facts, extract_features
+from ..features.metrics import NotFinite
+from ..features.neighbors import nearest, neighbors_of, neighbors_of_each
+from ..pictures.pages import thumbnail
+from ..pictures.plots import project_2d
+from ..evaluation.candidates import candidate, find_encoder, read_as
 
 # %% ../../nbs/using/01_vectors.ipynb #6c2b516d
 class Vectors(NamedTuple):
@@ -175,57 +176,107 @@ def select_images(
     spare = [i for i in typicality(x).argsort(descending=True).tolist() if i not in set(chosen)]
     return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
 
-# %% ../../nbs/using/01_vectors.ipynb #a386fed9
-def picture_at(path:str|Path):
-    "An image for people, wherever it is; one that is not RGB on its own scale."
-    file = file_at(str(path))
-    try: return open_image(file)
-    except BadImage:
-        images = ImageSet([file])
-        return images.with_channels(read_array(file).shape[2])[0]
+# %% ../../nbs/using/01_vectors.ipynb #3332a5da
+def _misfit(v, images, file):
+    "Why vectors are not those of some images; None where they are."
+    place, since = set(v.paths), Path(file).stat().st_mtime
+    for i, f in enumerate(images.files):
+        if shown(f.resolve()) not in place:
+            try: images[i]
+            except BadImage: continue
+            return f'{shown(f.name)} is not among them'
+        if hasattr(f, 'mark'): continue                            # in a store
+        if f.exists() and f.stat().st_mtime > since: return f'{shown(f.name)} has changed since'
 
-def thumbnail(path:str|Path, side:int)->str:
-    "A square picture as a `data:` address; empty where the file cannot be read."
-    try: image = ImageOps.fit(picture_at(path), (side, side))
-    except (BadImage, ValueError): return ''
-    data = io.BytesIO()
-    image.save(data, 'jpeg', quality=80)
-    return f'data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'
+def _read_fitting(encoder, images, file):
+    v = read_vectors(file)
+    encoder_of(encoder, v.about)
+    problem = _misfit(v, images, file)
+    if problem: raise ValueError(f'the vectors in {file} are not those of these images: {problem}. '
+                                 'Run simclr embed again, or leave them out')
+    rows = {path: i for i, path in enumerate(v.paths)}
+    kept = [rows[p] for p in (shown(f.resolve()) for f in images.files) if p in rows]
+    return Vectors([v.paths[i] for i in kept], v.h[kept], v.about)
 
-_style = """body { font: 14px system-ui, sans-serif; margin: 1.5em; max-width: 75em }
-section { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em 0; border-top: 1px solid #ddd }
-figure { margin: 0; width: 7em } img { width: 7em; height: 7em; object-fit: cover; border-radius: 3px }
-figure.asked { margin-right: 1em } figure.asked img { outline: 3px solid #1f77b4 }
-figcaption { font-size: 11px; color: #555; overflow-wrap: anywhere } h2 { margin: 1.5em 0 .2em }
-h2 + p { margin: .2em 0 .8em; max-width: 45em; color: #333 }
-.side { display: flex; flex-wrap: wrap; gap: .8em 2.5em } .side section { border: 0; padding: 0 }"""
+# %% ../../nbs/using/01_vectors.ipynb #973f9452
+def vectors_for(
+    encoder:str|Path, # folder of a run, encoder file, or timm name
+    images:ImageSet,
+    file:str|Path|None=None, # of vectors, which must fit; None: those of the run, where they fit
+    num_workers:int|None=None,
+)->tuple: # `Vectors` in the order of the images, and a sentence on where they are from
+    "The vectors of images: read where that is possible, else computed."
+    if file is not None: return _read_fitting(encoder, images, file), f'vectors: {file}'
+    own, why = Path(encoder)/'vectors.safetensors', 'computed'
+    if own.is_file():
+        try: return _read_fitting(encoder, images, own), f'vectors: {own}'
+        except (ValueError, OSError) as e: why = f'computed anew, because {e}'
+    v, left_out = embed_images(encoder, images, num_workers=num_workers)
+    lost = f'; unreadable files, left out: {len(left_out)}, the first is {left_out[0]}' if left_out else ''
+    return v, f'vectors: {why}{lost}'
 
-def _heading(text):
-    first, _, rest = html.escape(text).partition('\n')
-    return f'<h2>{first}</h2>' + (f'<p>{rest}</p>' if rest else '')
+# %% ../../nbs/using/01_vectors.ipynb #5a1300ec
+def check_vectors(v:Vectors):
+    "An error where vectors cannot be compared."
+    if len(v.h) < 3: raise TooFewImages(f'curating takes 3 readable images or more, got {len(v.h)}: '
+                                        'neighbors mean nothing among so few')
+    bad = (~v.h.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad: raise NotFinite(f'the vectors of {len(bad)} of {len(v.h)} images are not finite (NaN or infinite), '
+                            f'the first is that of {v.paths[bad[0]]}: run simclr embed again, or look at the encoder')
 
-def gallery_page(
-    path:str|Path, # the file; its folder is made
-    # of lists of (picture's path, caption); a list of such rows is shown side by side; a text is a heading, its
-    # second line a sentence below
-    rows:list,
-    title:str,
-    side:int=112, # of the pictures, pixels
-    asked:bool=True, # mark the first picture of each row, which the others answer
+# %% ../../nbs/using/01_vectors.ipynb #b55d1485
+def map_method()->str: # 'umap' or 'pca'
+    "How the map is drawn: UMAP, where it is installed."
+    return 'umap' if find_spec('umap') else 'pca'
+
+def check_map_file(path:str|Path)->Path:
+    "A `ValueError` for a file that Embedding Atlas does not read."
+    path = check_vectors_file(path)
+    if path.suffix == '.parquet': return path
+    raise ValueError(f'--map writes a table for Embedding Atlas, .parquet; got {path.name}')
+
+def open_command(path:str|Path)->str:
+    "What opens the file."
+    return f'embedding-atlas {path} --x x --y y --neighbors neighbors --image image'
+
+# %% ../../nbs/using/01_vectors.ipynb #ae5d32d0
+def labels_of(
+    v:Vectors,
+    images:ImageSet, # among them those of the vectors
+)->list|None: # a name for each vector; None where there are no labels, or several for an image
+    "The class names of the images that have vectors."
+    if images.labels is None or images.labels.ndim != 1: return None
+    names = images.classes or range(int(images.labels.max()) + 1)
+    known = {shown(f.resolve()): printable(names[c]) for f, c in zip(images.files, images.labels.tolist())}
+    return [known[path] for path in v.paths]
+
+def map_columns(
+    v:Vectors,
+    labels:list|None=None, # n names
+    k:int=10, # neighbors
+    method:str|None=None, # as in `project_2d`; None: UMAP, or PCA where that is not installed
+    side:int=96, # of the pictures, pixels
+    seed:int=0, # of the map
+)->dict: # name to column, n values each
+    "What the table holds beside paths and vectors."
+    xy = project_2d(v.h, method or map_method(), seed)
+    cosines, near = neighbors_of_each(v.h, k)
+    neighbors = [dict(ids=ids, distances=far) for ids, far in zip(near.tolist(), (1 - cosines).clamp(min=0).tolist())]
+    columns = dict(x=xy[:, 0].astype('float32'), y=xy[:, 1].astype('float32'), neighbors=neighbors,
+                   image=[thumbnail(path, side) for path in v.paths])
+    return columns | (dict(label=labels) if labels else {})
+
+# %% ../../nbs/using/01_vectors.ipynb #a60ba764
+def write_map(
+    path:str|Path, # ends in .parquet; its folder is made
+    v:Vectors,
+    labels:list|None=None, # n names
+    **how, # to `map_columns`
 )->Path: # path
-    "A page with rows of pictures that opens offline."
-    def figure(file, caption, mark):
-        words = html.escape(shown(f'{caption} {Path(file).name}'.strip()))
-        picture = f'<img src="{thumbnail(file, side)}" alt="{words}">'
-        return f'<figure{mark}>{picture}<figcaption>{words}</figcaption></figure>'
-    marks = ' class="asked"' if asked else '', ''
-    def section(row):
-        if isinstance(row, str): return _heading(row)
-        if isinstance(row[0], list): return f'<div class="side">{"".join(map(section, row))}</div>'
-        return '<section>' + ''.join(figure(*item, marks[i > 0]) for i, item in enumerate(row)) + '</section>'
-    body = ''.join(map(section, rows))
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f'<title>{html.escape(title)}</title><style>{_style}</style>'
-    body = f'<h1>{html.escape(title)}</h1>{body}'
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
-    return atomic_write(path, page.encode())
+    "Write vectors and their map to a table for Embedding Atlas; `read_vectors` reads it, too."
+    path, data = check_map_file(path), io.BytesIO()
+    import pyarrow as pa, pyarrow.parquet as parquet
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(v.h.flatten().numpy()), v.h.shape[1])
+    table = pa.table(dict(path=pa.array(v.paths), vector=flat) | map_columns(v, labels, **how))
+    parquet.write_table(table.replace_schema_metadata(dict(simclr_nb=json.dumps(v.about))), data)
+    return atomic_write(path, data.getvalue())

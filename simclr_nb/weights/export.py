@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from ..channels import channels_of
+from ..encoder import channels_of
 from ..core import atomic_write, eval_mode, listing, save_tensors, write_json
 from ..encoder import encoder_config, encoder_info, load_encoder, save_encoder
 from .official import load_official
