@@ -130,6 +130,28 @@ def server():
             process.wait()
 
 
+def stand_in(folder):
+    "A program that is forked where a shell calls it as Python, and that hands on the signals it gets."
+    path = Path(folder)/'python'
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} stand-in "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def be_another(args):
+    "Start a command, and end as it ends."
+    process = Popen([sys.executable, *args])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    if (code := process.wait()) < 0: end_by(-code)
+    sys.exit(code)
+
+
+def end_by(number):
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 class Process:
     "multiprocessing's, but for `parent_process()`: a program of its own that calls a function found by its name."
     call = """if 1:
@@ -186,8 +208,12 @@ def begins_afresh(request, before):
     if os.getsid(request['asker']) != os.getsid(0) and not request['session']: return True
     env, gpus = request['env'], [f'/dev/{name}' for name in ('nvidiactl', 'kfd', 'dxg')]
     if env.get('CUDA_VISIBLE_DEVICES') != '' and any(map(os.path.exists, gpus)): return True
-    read = {k for k in (*env, *before) if k.startswith(read_at_start)}         # imports set some of them
-    return any(env.get(k, '') not in (before.get(k, ''), os.environ.get(k, '')) for k in read)
+    if set(paths(env)) - {str(root)} != set(paths(before)) - {str(root)}: return True
+    read = {k for k in (*env, *before) if k.startswith(read_at_start)} - {'PYTHON', 'PYTHONPATH'}
+    return any(env.get(k, '') not in (before.get(k, ''), os.environ.get(k, '')) for k in read)  # imports set some
+
+
+def paths(env): return [path for path in env.get('PYTHONPATH', '').split(os.pathsep) if path]
 
 
 def serve(listener, usable, before):
@@ -238,7 +264,7 @@ def tell(connection, form, *numbers):
 
 # A fork
 
-def settle(request, fds):
+def settle(request, fds, before):
     "Make this fork what a process is that has just begun."
     if request['session']: os.setsid()
     else: os.setpgid(0, request['group'])
@@ -255,6 +281,7 @@ def settle(request, fds):
         new = io.TextIOWrapper(raw, old.encoding, old.errors, None, lines, old.write_through)
         setattr(sys, name, new)
         setattr(sys, f'__{name}__', new)
+    sys.path[1:] = paths(request['env']) + [path for path in sys.path[1:] if path not in before]
     importlib.invalidate_caches()
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
     threads = os.environ.get('OMP_NUM_THREADS', '')
@@ -321,14 +348,13 @@ def imported():
 
 
 if __name__ == '__main__':
+    if sys.argv[1] == 'stand-in': be_another(sys.argv[2:])
     sys.path[0] = str(root)
     variables = dict(os.environ)
     with socket.socket(fileno=int(sys.argv[1])) as place:
         request, fds = serve(place, imported(), variables)
-    settle(request, fds)
+    settle(request, fds, paths(variables))
     if os.environ.get(nested): subprocess.Popen = Popen
     code = done(request['args'])
-    if code == -signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    if code == -signal.SIGINT: end_by(signal.SIGINT)
     os._exit(code & 255)

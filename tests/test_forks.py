@@ -141,6 +141,16 @@ def test_what_a_fork_starts_is_forked_where_that_is_wanted():
     assert is_forked([sys.executable, '-c', code], env=env) == 'False'
     assert is_forked([sys.executable, '-c', code], env={**env, forks.nested: '1'}) == 'True'
 
+def test_a_stand_in_for_python_in_a_shell(tmp_path):
+    command = [forks.stand_in(tmp_path), *loaded[1:2], loaded[2] + '; sys.exit(3)']
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    assert (done.stdout, done.stderr, done.returncode) == ('True\n', '', 3)
+    waits = 'import time; print("up", flush=True); time.sleep(60)'
+    with subprocess.Popen([forks.stand_in(tmp_path), '-c', waits], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'up\n'
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+
 def test_without_a_server_processes_are_fresh(monkeypatch):
     monkeypatch.delenv(forks.known)
     assert is_forked(loaded) == 'False'
