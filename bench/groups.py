@@ -52,7 +52,7 @@ def run(way, t):
 
 def table(lines):
     for name in ('neighbors', 'linear'):
-        by_way = {way: {l['seed']: l[name] for l in lines if l['way'] == way} for way in ways}
+        by_way = {way: {o['seed']: o[name] for o in lines if o['way'] == way} for way in ways}
         for way, scores in by_way.items():
             x = np.array([*scores.values()])
             text = f'{name:10} {way:7} {x.mean():5.1f} ± {half_interval(x):.1f}'

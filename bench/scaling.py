@@ -205,10 +205,9 @@ def predicted(a, model, bandwidth, world_size):
 def table(found):
     head = ['processes', 'images each', *PARTS, 'step', 'modeled', 'error', 'images/s']
     lines = ['| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|']
-    for r in found['measured']:
-        lines.append(f'| {r["processes"]} | {r["images_each"]} | ' + ' | '.join(f'{r["ms"][k]:.0f}' for k in PARTS)
-            + f' | {r["ms"]["step"]:.0f} | {r["modeled_ms"]["step"]:.0f} | {r["relative_error"]:+.0%}'
-            + f' | {r["images_per_second"]:.1f} |')
+    lines += [f'| {r["processes"]} | {r["images_each"]} | ' + ' | '.join(f'{r["ms"][k]:.0f}' for k in PARTS)
+              + f' | {r["ms"]["step"]:.0f} | {r["modeled_ms"]["step"]:.0f} | {r["relative_error"]:+.0%}'
+              + f' | {r["images_per_second"]:.1f} |' for r in found['measured']]
     head = ['GB/s', 'devices', *found['predicted'][0]['ms'], 'efficiency', 'gradients behind the backward pass']
     lines += ['', '| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|']
     for r in found['predicted']:

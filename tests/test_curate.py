@@ -2,9 +2,9 @@
 
 `python tests/test_curate.py` prints recall and precision for solar cells, and for CIFAR-10 where it is present.
 """
-import csv, io, os, sys, warnings
+import csv, io, os, warnings
 from contextlib import redirect_stderr, redirect_stdout
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -44,7 +44,7 @@ def copy_of(images, i, kind, folder):
     else: changes.get(kind, cropped)(images[i]).save(path, **dict(quality=50) if kind == 'compressed' else {})
     return path
 
-@lru_cache(maxsize=None)
+@cache
 def images_of(name):
     "Solar cells, or every tenth photograph of CIFAR-10."
     images, _ = train_test_splits(name)
@@ -52,7 +52,7 @@ def images_of(name):
 
 def vectors_of(images): return extract_features(load_encoder(kept_encoder), images, 32, num_workers=0)[0]
 
-@lru_cache(maxsize=None)
+@cache
 def own_vectors(name): return vectors_of(images_of(name))
 
 def with_copies(name, folder, seed, kinds=tuple(changes), n=10):

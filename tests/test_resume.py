@@ -1,5 +1,5 @@
 "Runs that die and go on: the same command, started again, ends with the same weights, bit for bit."
-import json, os, random, resource, signal, subprocess, sys, time, warnings
+import json, os, random, resource, signal, subprocess, sys, time
 
 import numpy as np, pytest, torch
 from PIL import Image
@@ -82,11 +82,11 @@ def a_run(images, out, how, changes, seen):
     cli.main(arguments(images, out, **changes))
 
 
-def start(processes, images, out, how={}, **changes):
+def start(processes, images, out, how=None, **changes):
     seen = log(out)
     seen.touch()
     seen.chmod(0o666)
-    process = processes.Process(target=a_run, args=(images, out, how, changes, str(seen)))
+    process = processes.Process(target=a_run, args=(images, out, how or {}, changes, str(seen)))
     process.start()
     return process
 

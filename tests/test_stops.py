@@ -14,7 +14,7 @@ from simclr_nb.training.history import History
 from simclr_nb.training.online import OnlineProbe
 from simclr_nb.core import send
 from simclr_nb.data.sets import ImageSet
-from simclr_nb.distributed import any_rank, gather_rows, global_batch_norm, host_or
+from simclr_nb.distributed import any_rank, gather_rows, host_or
 from simclr_nb.learner import simclr_learner
 from simclr_nb.evaluation.classifier import supervised_learner
 from simclr_nb.ntxent import nt_xent

@@ -219,7 +219,7 @@ def arguments(source, out, **more):
             *(str(w) for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v))]
 
 
-def a_run(source, out, kill_at=None, more={}):
+def a_run(source, out, kill_at=None, more=None):
     torch.set_num_threads(1)
     if kill_at:
         write_line = History.after_batch
@@ -227,7 +227,7 @@ def a_run(source, out, kill_at=None, more={}):
             write_line(self)
             if self.learn.step == kill_at: os.kill(os.getpid(), 9)
         History.after_batch = deadly
-    cli.main(arguments(source, out, **more))
+    cli.main(arguments(source, out, **(more or {})))
 
 
 def started(*args, **kwargs):

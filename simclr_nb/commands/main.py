@@ -157,10 +157,10 @@ def run_study(s:RunStudy):
     print('', studies.summary(s.name, s.scale, s.out), sep='\n')
 
 # %% ../../nbs/commands/08_main.ipynb #a0ee4dfd
-commands = dict(pretrain=Pretrain, plot=Plot, evaluate=Evaluate, transfer=Transfer, convert=Convert, study=RunStudy,
-                embed=Embed, search=Search, select=Select, curate=Curate)
-functions = dict(pretrain=pretrain, plot=plot, evaluate=evaluate, transfer=transfer, convert=convert, study=run_study,
-                 embed=embed, search=search, select=select, curate=curate)
+commands = dict(                                         # name: settings, function
+    pretrain=(Pretrain, pretrain), plot=(Plot, plot), evaluate=(Evaluate, evaluate), transfer=(Transfer, transfer),
+    convert=(Convert, convert), study=(RunStudy, run_study), embed=(Embed, embed), search=(Search, search),
+    select=(Select, select), curate=(Curate, curate))
 
 def recipe_of(args:list)->dict:
     "The settings of the recipe that a command line names; none if it names none."
@@ -175,7 +175,8 @@ def parse(
 )->tuple: # name of the command, and its settings
     "Read a command line. Help, and mistakes, end the program."
     recipe = recipe_of(args) if args[:1] == ['pretrain'] else {}
-    name, s = read_command_line(commands, args, dict(pretrain=recipe), prog='simclr',
+    classes = {name: settings for name, (settings, _) in commands.items()}
+    name, s = read_command_line(classes, args, dict(pretrain=recipe), prog='simclr',
         description='SimCLR from a shell. `simclr COMMAND --help` says more.')
     if recipe and s.source != recipe.get('source'): s = replace(s, images=None)     # a recipe counts its own images
     return name, s
@@ -188,4 +189,4 @@ def main(
     args = sys.argv[1:] if args is None else [str(a) for a in args]
     with lasting_output(), one_line_warnings(), one_line_errors('--traceback' in args):
         name, settings = parse(args)
-        functions[name](settings)
+        commands[name][1](settings)

@@ -73,7 +73,7 @@ def changeable(default):
 
 # %% ../../nbs/commands/01_options.ipynb #aacca8ba
 Traceback = Annotated[Flag, arg(help='show where an error comes from')]
-NumWorkers = Annotated[Workers, arg(help='processes that decode, for each that trains; None: one per core')]
+NumWorkers = Annotated[Workers, arg(help='processes that decode; None: one per core')]
 Layer = Annotated[Literal['h', 'z'], arg(help='features: h, or z behind the projection head')]
 Crop = Annotated[AnyFloat, Ge(.05), Le(1),
                  arg(help="fraction of an image's shorter side to keep; None: 1, for timm its own")]

@@ -17,6 +17,7 @@ from pathlib import Path
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device, no_random
+from .. import __version__
 from ..core import get_rank, markdown_table, shown
 from ..encoder import (
     adapt_channels, build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info)

@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np, torch
 from torch import nn
+from .. import __version__
 from ..core import atomic_write, digest, markdown_table
 from ..data.sets import stratified_split
 from ..features.extract import extract_features, extraction_facts
