@@ -8,6 +8,8 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
+import forks
+
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.training.callbacks import FreezeEncoderCallback
 from simclr_nb.training.history import HistoryCallback, read_history
@@ -320,8 +322,9 @@ def pretrain(folder, out, *more):
                '--measure-every 1').split()
     command = [sys.executable, '-m', 'simclr_nb', 'pretrain', folder, '--out', out, *options, *more]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
+    return forks.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
 
+@pytest.mark.process
 def test_the_command(tmp_path):
     textures(tmp_path/'healthy', 40)
     done = pretrain(tmp_path/'healthy', tmp_path/'run')
@@ -330,6 +333,7 @@ def test_the_command(tmp_path):
     history = read_history(tmp_path/'run'/'history.csv')
     assert np.isfinite(history['rankme']).sum() == np.isfinite(history['lidar']).sum() == 2
 
+@pytest.mark.process
 def test_the_command_warns_and_can_be_silent(tmp_path):
     sick = tmp_path/'sick'
     textures(sick, 40)
