@@ -24,12 +24,12 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views
-from .encoder import build_encoder, feature_dim, safe_layout, save_encoder as write_encoder
+from .encoder import build_encoder, save_encoder as write_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import check_temperature, nt_xent
 from .lars import LARS, learning_rate, param_groups, schedule_plan
 from .distributed import gather_rows, launched_processes, process_group
-from .weights.files import pretrained
+from .weights.files import named_encoder
 from .data.datasets import check_batch
 from .data.sets import ImageSet
 from .data.sources import load_images
@@ -37,7 +37,7 @@ from .training.callbacks import DistributedTraining, LateLosses, Precision, Smoo
 from .training.checks import SanityChecks, doctor_cbs
 from .training.history import ContrastiveMetrics
 from .training.loaders import adapt_encoder, make_dls, recipe_for
-from .training.memory import checkpoint_activations
+from .training.memory import checkpoint_activations, safe_layout
 from .training.views import crops_to_views, fast_apply, first_views, show_views, unit_range
 
 # %% ../nbs/07_learner.ipynb #492a97fe
@@ -193,7 +193,8 @@ class SimCLRLearner(Learner):
     )->Path: # path
         "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
         views = self.views
-        return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed, **config)
+        return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed,
+                             **dict(preprocess=None, crop_pct=None) | config)              # prepared as the run's views
     def summary(self)->list[tuple]: # (name, shape of the output, parameters) of each part
         "The parts of encoder and head, what comes out of them for two images, and their parameters."
         encoder, head, rows, handles = self.encoder, self.head, [], []
@@ -256,21 +257,21 @@ def contrastive_learner(dls, model, loss, metrics, own_cbs, more_metrics=None, c
 def _model(arch, weights, stem, size, head, projection_dim, seed, micro_batch, images):
     "Encoder and head, their weights from the seed."
     with no_random(seed):
-        encoder = pretrained(weights, arch, size) if weights else build_encoder(arch, size, stem)
+        encoder = named_encoder(weights, arch, size, stem) if weights else build_encoder(arch, size, stem)
         adapt_encoder(encoder, images)
-        if not isinstance(head, nn.Module): head = projection_head(feature_dim(encoder, size), head, projection_dim)
+        if not isinstance(head, nn.Module): head = projection_head(encoder.num_features, head, projection_dim)
         return SimCLR(encoder, head, micro_batch)
 
 # %% ../nbs/07_learner.ipynb #e71c1119
 def simclr_learner(
     data, # folder of images, name of a preset, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
-    arch='resnet50', # see `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', a timm name, an nn.Module
+    arch='resnet50', # 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …, as for `build_encoder`; or an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
-    weights=None, # to start from, as for `pretrained`: an encoder file, 'timm:NAME', …; None: random
+    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', 'official:PATH', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
@@ -300,7 +301,7 @@ def simclr_learner(
     dls = make_dls(images, augment, seed, num_workers, cache)
     metrics = ContrastiveMetrics(temperature)
     learn = contrastive_learner(dls, model, loss, metrics.metrics(), [ViewsCallback(augment, seed, memory_format), metrics,
-        *doctor_cbs(arch, weights)], kwargs.pop('metrics', None), **kwargs)
+        *doctor_cbs(arch, weights or model.encoder.config.get('start'))], kwargs.pop('metrics', None), **kwargs)
     learn.optimizer = optimizer
     if not isinstance(data, DataLoaders): learn.default_batch_size = learn.batch_size
     return learn

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from fastai.torch_core import default_device
 from tyro.conf import Positional, arg
 from ..core import atomic_write, write_json
-from ..encoder import encoder_info, load_encoder
+from ..encoder import load_encoder
 from ..evaluation.candidates import Found, transform_of, untrained
 from ..evaluation.transfer import pretrained_grid, random_grid, transfer_markdown, transfer_rows
 from ..evaluation.transfer_sets import transfer_sets
@@ -42,7 +42,7 @@ def run_transfer(
     s, # settings
 )->tuple: # rows as from `transfer_rows`, and {set: why it is left out}
     "Table 8 for an encoder."
-    names, info = list(s.sets or transfer_sets), encoder_info(found.encoder)
+    names, info = list(s.sets or transfer_sets), found.encoder.config
     for n in names:
         if n not in transfer_sets: raise ValueError(f'--sets cannot be {n!r}; there are {", ".join(transfer_sets)}')
     encoders = transfer_encoders(found, s.supervised, s.seed)
@@ -80,7 +80,7 @@ def write_transfer(
 @dataclass(kw_only=True)
 class Transfer:
     "Table 8: an encoder on other data sets, linear and fine-tuned, beside random weights. The same command resumes."
-    encoder: Positional[str] # folder of a run, encoder file, or timm name
+    encoder: Positional[str] # folder of a run, encoder file, timm:NAME, …
     root: Positional[str] # folder of the sets: ROOT/SET/train and ROOT/SET/test, or as torchvision keeps them
     sets: several(str) = () # which of table 8, as in Pets,Flowers; all that are there if not given
     protocol: several(str, 'linear', 'finetuned') = ('linear', 'finetuned') # which, with commas between

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from ..core import atomic_write, plural, shown, write_json
-from ..encoder import encoder_info
 from ..data.sources import load_images, presets
 from ..training.history import read_history
 from ..features.copies import find_near_duplicates
@@ -132,7 +131,7 @@ def report_facts(
         pretraining_complete=None if None in complete else all(complete),
         test_seen_in_pretraining=max((n for n in seen if n is not None), default=None))
     how = dict(k=suite.k, seeds=list(s.seeds), metric='balanced accuracy, %')
-    paper = paper_numbers(s.data, encoder_info(found[0].encoder)['arch'], train.classes) if s.layer == 'h' else []
+    paper = paper_numbers(s.data, found[0].encoder.config['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=summarize(rows, test.labels, suite.main), skipped=skipped, paper=paper,
         evaluated_on=images | encoder | how)
 

@@ -19,8 +19,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import default_device, no_random
 from .. import __version__
 from ..core import get_rank, shown
-from ..encoder import build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info
-from ..weights.files import pretrained
+from ..encoder import build_encoder, load_encoder, save_encoder
+from ..weights.files import named_encoder
 from ..projection import SimCLR, projection_head
 from ..weights.files import save_head
 from ..data.datasets import check_batch
@@ -37,7 +37,6 @@ from ..learner import simclr_learner
 from ..training.online import OnlineMeasures
 from ..training.checks import Doctor
 from ..features.neighbors import knn_evaluator
-from ..weights.official import load_official
 from ..core import markdown_table
 from ..pictures.plots import plot_history, save_figure
 from ..features.copies import look_at_images
@@ -92,16 +91,14 @@ def start_of(s, out:Path|None=None): # settings, `size` is set; folder of the ru
     if not s.weights: return s.arch
     kept = out/'start.safetensors' if out else None
     if kept and kept.is_file() and not s.overwrite: return load_encoder(kept)
-    if s.weights.startswith('official:'): encoder = load_official(s.weights.removeprefix('official:')).encoder
-    else: encoder = pretrained(s.weights, s.arch, s.size)
-    return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
+    return named_encoder(s.weights, s.arch, s.size, s.stem)
 
 def build_model(s)->SimCLR:
     "Encoder and head of some settings, as a run begins."
     with no_random(s.seed):
         encoder = build_encoder(start_of(s), s.size, s.stem)
         if s.channels: adapt_channels(encoder, s.channels)
-        head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
+        head = projection_head(encoder.num_features, s.head, s.projection_dim)
     if s.grad_checkpoint: checkpoint_activations(encoder)
     return SimCLR(encoder, head)
 
@@ -173,7 +170,7 @@ def run_config(
     versions = dict(simclr_nb=__version__, torch=str(torch.__version__), fastai=fastai.__version__,
         python=platform.python_version())
     return defining | dict(source=source, images=len(images), negatives=2*(s.batch_size - 1), steps=plan.steps,
-        warmup_steps=plan.warmup, peak_lr=plan.lr, feature_dim=encoder_info(learn.encoder)['feature_dim'],
+        warmup_steps=plan.warmup, peak_lr=plan.lr, feature_dim=learn.encoder.num_features,
         versions=versions)
 
 # %% ../../nbs/commands/03_run.ipynb #f049b07c
@@ -304,7 +301,7 @@ def stopping(s, learn, log):
 # %% ../../nbs/commands/03_run.ipynb #4ad4a533
 def keep_start(s, out:Path, learn):
     "Keep what a run began with: to go on without a download, and as a baseline of its evaluation."
-    if s.weights and not get_rank() and not (out/'start.safetensors').exists():
+    if learn.encoder.config.get('start') and not get_rank() and not (out/'start.safetensors').exists():
         save_encoder(learn.encoder, out/'start.safetensors')
 
 def pretrain_run(

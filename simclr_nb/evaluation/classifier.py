@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from ..core import TooFewImages, listing, printable
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from ..encoder import build_encoder, feature_dim, safe_layout
+from ..encoder import build_encoder
 from ..data.sets import ImageSet, stratified_split
 from ..data.sources import load_images
 from ..features.extract import extract_features
@@ -26,6 +26,7 @@ from ..features.metrics import check_classes, check_features, check_number, metr
 from ..training.callbacks import MeanMetric
 from ..training.checks import SanityChecks
 from ..training.loaders import adapt_encoder, recipe_for, train_dls
+from ..training.memory import safe_layout
 from ..training.online import zero_linear
 from ..learner import SimCLRLearner, StepSchedule, ViewsCallback, contrastive_learner
 
@@ -61,7 +62,7 @@ def supervised_learner(
     classes = len(images.classes) if images.classes else int(images.labels.max()) + 1
     with no_random(seed):
         encoder = adapt_encoder(build_encoder(arch, size), images)
-        model = nn.Sequential(encoder, nn.Linear(feature_dim(encoder, size), classes))
+        model = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
     dls = train_dls(images, augment, batch_size, seed, num_workers)
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     layout = safe_layout(model)
@@ -167,7 +168,8 @@ def classifier_learner(
     check_number('wd', wd, 0)
     augment = Augmentation(size, RandomResizedCrop(), RandomFlip(), n_views=1)
     dls = train_dls(train, augment, min(batch_size, len(train)), seed, num_workers)
-    model = nn.Sequential(encoder, zero_linear(feature_dim(encoder, size), n_outputs(train)))
+    d = build_encoder(encoder, size).num_features
+    model = nn.Sequential(encoder, zero_linear(d, n_outputs(train)))
     loss = nn.BCEWithLogitsLoss() if train.labels.ndim == 2 else nn.CrossEntropyLoss()
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
     groups = partial(_decay_groups, trained=trained, wd=wd)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np, torch
 from fastai.torch_core import default_device
 from ..core import TooFewImages
-from ..encoder import feature_dim
+from ..encoder import features_of
 from ..data.sets import ImageSet
 from ..features.extract import extract_features
 from ..features.logistic import logistic_regression
@@ -83,7 +83,7 @@ class EvalSuite:
         self.unreadable_files = _unreadable(train, kept) + _unreadable(test, kept_test)
         self.train, self.test = train.subset(kept.tolist()), test.subset(kept_test.tolist())
     def _embed(self, encoders, images, how):
-        widths = sum(feature_dim(e, how['size']) for e in encoders.values())
+        widths = sum(features_of(e, how['size']) for e in encoders.values())
         place = place_for_features(4*len(images)*widths, self.folder)
         if 'out' in place:
             self.places.append(place['out'])                            # deleted with the suite
