@@ -69,8 +69,8 @@ def test_a_run_is_read(run, values):
     model = {k.removeprefix('encoder.'): v for k, v in state['model'].items() if k.startswith('encoder.')}
     build_encoder('resnet18_0.03125x', 16).load_state_dict(model)                 # names in checkpoints, too
     assert all(torch.equal(v, model[k]) for k, v in encoder.state_dict().items())
-    history, config = read_history(run), read_json(run/'config.json')
-    assert len(history['loss']) == 4 and config['arch'] == 'resnet18_0.03125x'
+    history, config = read_history(run/'history.csv'), read_json(run/'config.json')
+    assert history['step'].tolist() == [1, 2, 3, 4, 4] and config['arch'] == 'resnet18_0.03125x'
 
 
 def test_a_run_is_complete_and_not_trained_again(run):
