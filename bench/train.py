@@ -91,7 +91,6 @@ def train_ours(args, images, encoder, head, looks):
 
 def transform_of(name, size):
     "Two views of a picture, by another library; its own defaults where the recipe does not say."
-    from torchvision.transforms import v2
     strength = .5 if small(size) else 1.
     if name == 'lightly':
         from lightly.transforms import SimCLRTransform
@@ -158,7 +157,7 @@ def train_bare(args, images, encoder, head, looks):
     for epoch in range(max(args.lengths)):
         for _ in range(len(images)//args.batch_size):
             optimizer.zero_grad()
-            nt_xent(model(x), args.temperature).backward()
+            nt_xent(model(x), temperature=args.temperature).backward()
             optimizer.step()
         looks(epoch + 1, time.perf_counter() - began)
     return dict(drop=len(images) % args.batch_size)

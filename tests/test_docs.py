@@ -42,13 +42,17 @@ def sidebar_of(text):
     links = re.findall(entry, bar, flags=re.S)
     return [(page, docs.html.unescape(label)) for page, label in links]
 
+def docs_name(notebook):
+    "The page of a notebook, below the site."
+    from nbdev.config import nbpath2html
+    return nbpath2html(notebook.relative_to(root/'nbs')).as_posix()
+
 def title_of(notebook):
     first = next(c for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
     return ''.join(first['source']).splitlines()[0].removeprefix('# ')
 
 def test_every_notebook_is_a_page_of_the_sidebar(site):
-    from nbdev.config import nbpath2html
-    pages = {nbpath2html(nb.relative_to(root/'nbs')).as_posix(): nb for nb in notebooks}
+    pages = {docs_name(nb): nb for nb in notebooks}
     assert len(pages) == len(notebooks), 'two notebooks would be one page'
     shown = dict(sidebar_of((site/'index.html').read_text(encoding='utf-8')))
     assert set(pages) <= {page.relative_to(site).as_posix() for page in site.rglob('*.html')}
@@ -56,15 +60,23 @@ def test_every_notebook_is_a_page_of_the_sidebar(site):
     front = (site/'index.html').read_text(encoding='utf-8')
     assert 'Ten lines of Python' in front
     for page, nb in pages.items():
-        number = re.match(r'(\d+)([a-z]*)_', nb.name)
-        if number: assert shown[page] == f'{int(number[1])}{number[2]} {title_of(nb)}'
+        relative, number = nb.relative_to(root/'nbs'), re.match(r'(\d+)_', nb.name)
+        chapter = len(relative.parts) == 1 and number and int(number[1]) < 8
+        if number: assert shown[page] == (f'{int(number[1])} ' if chapter else '') + title_of(nb)
 
-def test_chapters_stand_in_order_with_their_appendices_below(site):
-    labels = [label for _, label in sidebar_of((site/'index.html').read_text(encoding='utf-8'))]
-    found = [re.match(r'(\d+)([a-z]*) ', label) for label in labels]
-    numbers = [(int(number[1]), number[2]) for number in found if number]
-    story = [number for number in numbers if number[0]]               # 0a is below all chapters
-    assert story == sorted(story) and {n for n, letter in story if not letter} == {n for n, _ in story}
+def test_chapters_stand_in_order_and_every_folder_is_a_section(site):
+    text = (site/'index.html').read_text(encoding='utf-8')
+    labels = [label for _, label in sidebar_of(text)]
+    chapters = [int(number[1]) for number in (re.match(r'(\d+) ', label) for label in labels) if number]
+    assert chapters == list(range(8))
+    bar = text[text.index('id="quarto-sidebar"'):text.index('<main')]
+    folders = [folder.name for folder in sorted((root/'nbs').iterdir()) if list(folder.glob('[0-9]*.ipynb'))]
+    assert len(folders) == 9
+    for folder in folders:
+        pages = [page for page, _ in sidebar_of(text) if page.startswith(f'{folder}/')]
+        of_folder = [docs_name(nb) for nb in sorted((root/'nbs'/folder).glob('[0-9]*.ipynb'))]
+        assert [page for page in pages if page in of_folder] == of_folder, folder
+    assert bar.count('sidebar-item-section') >= len(folders)
 
 def test_pages_read_without_a_network(site):
     if shutil.which('quarto'): pytest.skip('this is about the site of smalldocs')
@@ -197,17 +209,19 @@ def test_strips_are_in_step_and_a_stale_one_is_named(monkeypatch, tmp_path):
     assert not strips.main(check=True)
     monkeypatch.setattr(strips, 'folder', tmp_path)
     strips.main()
-    (tmp_path/'03.svg').write_text('<svg/>')
-    assert [problem[:6] for problem in strips.main(check=True)] == ['03.svg']
+    (tmp_path/'ntxent.svg').write_text('<svg/>')
+    assert [problem.split()[0] for problem in strips.main(check=True)] == ['ntxent.svg']
 
-def test_every_chapter_begins_with_its_own_strip():
-    chapters = [nb for nb in notebooks if re.match(r'(?!00)\d\d_', nb.name)]
-    assert len(chapters) == 14
-    for nb in chapters:
-        texts = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
-        assert f'](images/strips/{nb.name[:2]}.svg)' in ''.join(texts[1]['source'])
+def test_every_page_of_the_strip_begins_with_its_own():
+    pages = {name for group in (strips.step, *strips.around) for name, _ in group}
+    found = {re.sub(r'^\d+_', '', nb.stem): nb for nb in notebooks if re.match(r'\d\d_', nb.name)}
+    assert len(pages) == 14 and pages <= set(found)
+    for name in pages:
+        texts = [c for c in json.loads(found[name].read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+        assert f'images/strips/{name}.svg)' in ''.join(texts[1]['source'])
 
-def test_a_strip_fills_the_box_of_its_chapter_alone():
-    for chapter in range(1, 15):
-        assert strips.strip(chapter).count(strips.blue) == 1
-        assert f'font-weight="600">{chapter} ' in strips.strip(chapter)
+def test_a_strip_fills_the_box_of_its_page_alone():
+    for group in (strips.step, *strips.around):
+        for name, label in group:
+            assert strips.strip(name).count(strips.blue) == 1
+            assert f'font-weight="600">{label}<' in strips.strip(name)

@@ -135,7 +135,7 @@ def test_the_weights_agree_in_double_precision(runs, world):
     for result in runs[world]:
         weights = result['double']['weights']
         for k, v in one['weights'].items():
-            torch.testing.assert_close(weights[k], v, rtol=1e-8, atol=1e-8, msg=lambda m: f'{k}: {m}')
+            torch.testing.assert_close(weights[k], v, rtol=1e-8, atol=1e-8, msg=lambda m, k=k: f'{k}: {m}')
 
 
 def test_two_processes_over_shards_take_the_steps_of_one_over_the_folder(runs):

@@ -28,14 +28,13 @@ def symbols():
             for symbol, (link, file) in found.items()]
 
 def anchors(text, name):
-    "Mark the definitions on page `name` with the ids that nbdev's links end in, as in ntxent.html#nt_xent."
-    links = {symbol: link for symbol, link, _ in symbols()}
-    for symbol in sorted(links, key=lambda o: o.count('.')):  # classes before their methods
-        page, anchor = links[symbol].split('#')
+    "Mark the definitions on the page at `name`, below the site, with the ids that nbdev's links end in."
+    here = [(symbol, link.split('#')[1]) for symbol, link, _ in symbols() if link.split('#')[0] == name]
+    for symbol, anchor in sorted(here, key=lambda found: found[0].count('.')):  # classes before their methods
         owner, _, attr = symbol.rpartition('.')
         start = max(text.find(f'id="{owner.lower()}"'), 0) if owner else 0
         definition = rf'(<span class="kw">(?:def|class)</span> )((?:<span class="\w+">)?{attr}\b)'
-        if page == name: text = text[:start] + re.sub(definition, rf'\1<a id="{anchor}"></a>\2', text[start:], count=1)
+        text = text[:start] + re.sub(definition, rf'\1<a id="{anchor}"></a>\2', text[start:], count=1)
     return text
 
 def breakable(text):
@@ -51,8 +50,9 @@ def finish(page, names):
     text = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', text)
     for old, new in names.items(): text = text.replace(old, new)
     if page.suffix == '.html': text = breakable(text)
-    page.write_text(anchors(text, name), encoding='utf-8')
-    page.rename(page.with_name(name))
+    place = page.with_name(name)
+    page.write_text(anchors(text, place.relative_to(site).as_posix()), encoding='utf-8')
+    page.rename(place)
 
 def docstrings(file):
     "First lines of the docstrings of a module's functions and classes, by name."
@@ -67,8 +67,8 @@ def definitions(entries):
     for name, link, file in symbols():
         page = link.split('#')[0]
         if name.startswith('_') or '.' in name or page not in titles: continue
-        section = f'defined in {titles[page]}'
-        yield dict(objectID=link, href=link, title=name, section=section, text=pages[file].get(name, '').replace('`', ''))
+        section, text = f'defined in {titles[page]}', pages[file].get(name, '').replace('`', '')
+        yield dict(objectID=link, href=link, title=name, section=section, text=text)
 
 def local(text):
     "A style sheet without the fonts it would fetch from another host; the next font in its list is taken."
@@ -142,7 +142,8 @@ def raw_tex(site):
         text = page.read_text(encoding='utf-8')
         text = re.sub(r'<(pre|code|script|style|svg|math|title)\b.*?</\1>', ' ', text, flags=re.S)
         text = html.unescape(re.sub(r'<[^>]+>', ' ', text))
-        for match in re.finditer(r'.{0,30}(?:\$|\\[a-zA-Z]+|```).{0,30}', text): yield f'{page.relative_to(site)}: {match[0].strip()}'
+        for match in re.finditer(r'.{0,30}(?:\$|\\[a-zA-Z]+|```).{0,30}', text):
+            yield f'{page.relative_to(site)}: {match[0].strip()}'
 
 def bare_fences(source):
     "The line numbers of the fences that open a block of code without saying in which language."
@@ -177,7 +178,8 @@ def problems():
     "Everything that is wrong with the site and the notebooks, by kind."
     notebooks = [file for file in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in file.parts]
     return {'Broken links': list(broken(site)), 'Fetched from another host': list(fetched(site)),
-            'Formulas left as TeX': list(raw_tex(site)), 'Untidy notebooks': [line for file in notebooks for line in untidy(file)]}
+            'Formulas left as TeX': list(raw_tex(site)),
+            'Untidy notebooks': [line for file in notebooks for line in untidy(file)]}
 
 if __name__ == '__main__':
     os.chdir(root)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'AnyCount', 'Natural', 'AnyNatural', 'AnyFloat', 'Seed', 'AnyText', 'Flag', 'Workers', 'Epochs', 'optional',
-           'several', 'how', 'groups_of', 'grouped_fields', 'checked', 'two_numbers', 'option', 'check_settings',
+           'several', 'changeable', 'groups_of', 'grouped_fields', 'checked', 'two_numbers', 'option', 'check_settings',
            'recipes', 'recipe_path', 'read_recipe', 'read_command_line']
 
 # %% ../../nbs/commands/01_options.ipynb #762b0f46
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro, yaml
+from annotated_types import Ge, Gt, Le
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -25,26 +26,29 @@ def optional(**options):
     "How the help shows an option that may be None."
     return arg(help_behavior_hint=lambda default: '' if default == 'None' else f'(default: {default})', **options)
 
-Count = Annotated[int, '1 or more', 'at most 1,000,000,000,000']
-AnyCount = Annotated[int | None, optional(metavar='INT'), '1 or more', 'at most 1,000,000,000,000']
-Natural = Annotated[int, '0 or more']
-AnyNatural = Annotated[int | None, optional(metavar='INT'), '0 or more']
+Count = Annotated[int, Ge(1), Le(10**12)]
+AnyCount = Annotated[int | None, optional(metavar='INT'), Ge(1), Le(10**12)]
+Natural = Annotated[int, Ge(0)]
+AnyNatural = Annotated[int | None, optional(metavar='INT'), Ge(0)]
 AnyFloat = Annotated[float | None, optional(metavar='FLOAT')]
-Seed = Annotated[Natural, 'at most 4,294,967,295']
+Seed = Annotated[Natural, Le(4_294_967_295)]
 AnyText = Annotated[str | None, optional(metavar='STR')]
 Flag = FlagCreatePairsOff[bool]
-Workers = Annotated[AnyNatural, 'at most 1,024'] # processes
+Workers = Annotated[AnyNatural, Le(1_024)] # processes
+Epochs = Annotated[AnyCount, Le(1_000_000)]
 
 # %% ../../nbs/commands/01_options.ipynb #570e4fd0
-ranges = {'1 or more': lambda v: v >= 1, 'above 0': lambda v: v > 0, '0 or more': lambda v: v >= 0}
-
-def within(value, mark:str)->bool:
-    "Does a finite number lie in a range?"
+def within(value, bound)->bool: # bound: Ge, Gt or Le
+    "Does a finite number lie within a bound?"
     if not -math.inf < value < math.inf: return False
-    if mark in ranges: return ranges[mark](value)
-    kind, _, bound = mark.rpartition(' ')                     # 'at least 0.1', 'at most 1,000,000'
-    bound = float(bound.replace(',', ''))
-    return value >= bound if kind == 'at least' else value <= bound
+    if isinstance(bound, Gt): return value > bound.gt
+    return value <= bound.le if isinstance(bound, Le) else value >= bound.ge
+
+def bound_text(bound)->str:
+    "A bound in words: 1 or more, above 0, at least 0.05, at most 1,000,000."
+    if isinstance(bound, Gt): return f'above {bound.gt:,}'
+    if isinstance(bound, Le): return f'at most {bound.le:,}'
+    return f'{bound.ge} or more' if isinstance(bound.ge, int) else f'at least {bound.ge}'
 
 # %% ../../nbs/commands/01_options.ipynb #e261d26b
 def several(
@@ -63,9 +67,19 @@ def _one(text, kind, choices):
     return kind(text)
 
 # %% ../../nbs/commands/01_options.ipynb #abbab439
-def how(default):
+def changeable(default):
     "A field for a setting that may change while a run goes on."
-    return field(default=default, metadata={'how': True})
+    return field(default=default, metadata={'changeable': True})
+
+# %% ../../nbs/commands/01_options.ipynb #aacca8ba
+Traceback = Annotated[Flag, arg(help='show where an error comes from')]
+NumWorkers = Annotated[Workers, arg(help='processes that decode; None: one per core')]
+Layer = Annotated[Literal['h', 'z'], arg(help='features: h, or z behind the projection head')]
+Crop = Annotated[AnyFloat, Ge(.05), Le(1),
+                 arg(help="fraction of an image's shorter side to keep; None: 1, for timm its own")]
+VectorsFile = Annotated[AnyText, arg(help='what simclr embed wrote; None: vectors.safetensors in the folder of the run')]
+MicroBatch = Annotated[AnyCount, arg(help='images that go through the network at a time, for batches larger than '
+                                          'the memory')]
 
 # %% ../../nbs/commands/01_options.ipynb #d046b3ae
 def groups_of(settings)->tuple:
@@ -104,8 +118,8 @@ def checked(
         raise ValueError(f'{name} cannot be {value!r}; there are {", ".join(choices)}')
     if not choices and type(value) not in types: raise ValueError(f'{name} takes {types[0].__name__}, got {value!r}')
     for mark in marks:
-        if isinstance(mark, str) and not within(value, mark):
-            raise ValueError(f'{name} must be {mark}, got {value!r:.30}')
+        if isinstance(mark, (Ge, Gt, Le)) and not within(value, mark):
+            raise ValueError(f'{name} must be {bound_text(mark)}, got {value!r:.30}')
     return value
 
 def _as_float(name, value): # YAML reads 1e-3 as text
@@ -209,18 +223,15 @@ def read_command_line(
     name = next(name for name, c in classes.items() if isinstance(parsed, c))
     return name, commands[name](**flat(parsed))
 
-# %% ../../nbs/commands/01_options.ipynb #13a81cdc
-Epochs = Annotated[AnyCount, 'at most 1,000,000']
-
 # %% ../../nbs/commands/01_options.ipynb #de310463
 def fraction(text:str): # a number, or text as it is
     "A fraction of the labels: a number, or the file that lists the images."
     if Path(text).is_file(): return text
-    return checked('a fraction', text, Annotated[float, 'above 0', 'at most 1'])
+    return checked('a fraction', text, Annotated[float, Gt(0), Le(1)])
 
 def seed(text:str)->int:
     if not text.isdecimal(): raise ValueError(f'a seed is a whole number of 0 or more, got {text!r}')
     return checked('a seed', int(text), Seed)
 
-def rate(text:str)->float: return checked('a rate', text, Annotated[float, '0 or more'])
-def learning_rate(text:str)->float: return checked('a rate', text, Annotated[float, 'above 0'])
+def rate(text:str)->float: return checked('a rate', text, Annotated[float, Ge(0)])
+def learning_rate(text:str)->float: return checked('a rate', text, Annotated[float, Gt(0)])

@@ -4,55 +4,51 @@
 
 # %% auto #0
 __all__ = ['view_size', 'run_images', 'launched', 'check_machine', 'dry_run_facts', 'make_learner', 'run_config',
-           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLines', 'progress', 'train',
-           'keep_start', 'pretrain_run', 'runs_table']
+           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLinesCallback', 'progress',
+           'train', 'keep_start', 'pretrain_run', 'runs_table']
 
 # %% ../../nbs/commands/03_run.ipynb #a23cc265
 import os, platform, signal, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
-from fastai.torch_core import default_device, no_random
-from .. import __version__
-from ..core import get_rank, shown
-from ..encoder import build_encoder, load_encoder, save_encoder
-from ..weights.files import named_encoder
-from ..projection import SimCLR, projection_head
-from ..weights.files import save_head
+from fastai.torch_core import default_device
+from ..core import get_rank, markdown_table, need, shown
+from ..encoder import load_encoder, save_encoder
+from ..lars import schedule_plan
+from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
+from ..weights.files import named_encoder, save_head
+from ..data.channels import with_channels
 from ..data.datasets import check_batch
 from ..data.sources import augmentations_for, load_images, presets
-from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
-from ..encoder import adapt_channels
-from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
-from ..training.callbacks import FreezeEncoder
-from ..training.history import History, read_history
-from ..training.online import OnlineEval
-from ..training.resume import Checkpoints, saved_states
-from ..lars import schedule_plan
-from ..learner import simclr_learner
-from ..training.online import OnlineMeasures
-from ..training.checks import Doctor
-from ..features.neighbors import knn_evaluator
-from ..core import markdown_table
-from ..pictures.plots import plot_history, save_figure
 from ..features.copies import look_at_images
-from ..training.folder import finish, held_folder, read_json, run_folder, settle
+from ..features.neighbors import knn_evaluator
+from ..pictures.plots import plot_history, save_figure
+from ..training.callbacks import FreezeEncoderCallback
+from ..training.checks import DoctorCallback
+from ..training.folder import drop_or_restore, finish, held_folder, read_json, run_folder
+from ..training.history import HistoryCallback, read_history
+from ..training.memory import bytes_per_step, memory_per_device
+from ..training.online import OnlineEvalCallback, OnlineMeasuresCallback
+from ..training.resume import CheckpointsCallback, saved_states
+from ..learner import build_model, simclr_learner
 from .options import two_numbers
+from .pretrain import Pretrain
+from .. import __version__
 
 # %% ../../nbs/commands/03_run.ipynb #a2f274c8
-def view_size(s)->int:
+def view_size(s:Pretrain)->int:
     "The side of the views in pixels: as set, or as in the preset of the source, or 224."
     if s.size: return s.size
     return presets[s.source].size if s.source in presets else 224
 
-def run_images(s):
+def run_images(s:Pretrain):
     "The images to train on."
     images = load_images(s.source)
-    if s.channels: images = images.with_channels(s.channels, *two_numbers('--value-range', s.value_range))
+    if s.channels: images = with_channels(images, s.channels, *two_numbers('--value-range', s.value_range))
     return images.with_positives(s.positives) if s.positives else images
 
 def launched()->int:
@@ -70,7 +66,7 @@ def check_wandb():
                          'or set WANDB_MODE=offline to keep the log in the folder of the run')
 
 # %% ../../nbs/commands/03_run.ipynb #8019f407
-def check_machine(s):
+def check_machine(s:Pretrain):
     "A `ValueError` for settings that this machine, or this start, cannot honor."
     if s.precision == 'fp16' and default_device().type == 'cpu':
         raise ValueError('float16 is for GPUs: take --precision bf16 or fp32 on a CPU')
@@ -81,31 +77,21 @@ def check_machine(s):
     if s.batch_size % n:
         raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: '
                          f'choose --batch-size among the multiples of {n}')
-    if s.log and not find_spec(s.log):
-        raise ImportError(f"--log {s.log} needs another package: pip install 'simclr_nb[log]'")
+    if s.log: need(s.log, 'log', f'--log {s.log}')
     if s.log == 'wandb': check_wandb()
 
 # %% ../../nbs/commands/03_run.ipynb #bdacbf48
-def start_of(s, out:Path|None=None): # settings, `size` is set; folder of the run
+def start_of(s:Pretrain, out:Path|None=None): # settings, `size` is set; folder of the run
     "What a run begins with: the name of its network, or an encoder with weights."
     if not s.weights: return s.arch
     kept = out/'start.safetensors' if out else None
     if kept and kept.is_file() and not s.overwrite: return load_encoder(kept)
     return named_encoder(s.weights, s.arch, s.size, s.stem)
 
-def build_model(s)->SimCLR:
-    "Encoder and head of some settings, as a run begins."
-    with no_random(s.seed):
-        encoder = build_encoder(start_of(s), s.size, s.stem)
-        if s.channels: adapt_channels(encoder, s.channels)
-        head = projection_head(encoder.num_features, s.head, s.projection_dim)
-    if s.grad_checkpoint: checkpoint_activations(encoder)
-    return SimCLR(encoder, head)
-
 # %% ../../nbs/commands/03_run.ipynb #35a64c2c
 dtypes = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-def bytes_needed(s, model, processes:int)->tuple: # bytes a device holds, bytes it sends in a step
+def bytes_needed(s:Pretrain, model, processes:int)->tuple: # bytes a device holds, bytes it sends in a step
     "Estimates for one of the processes that share a batch."
     held = memory_per_device(model, s.size, s.batch_size, processes, s.micro_batch, dtypes[s.precision])
     second_moment = held['momentum'] if s.optimizer == 'adam' else 0
@@ -114,7 +100,7 @@ def bytes_needed(s, model, processes:int)->tuple: # bytes a device holds, bytes 
 
 # %% ../../nbs/commands/03_run.ipynb #43aea0e0
 def dry_run_facts(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
 )->dict: # what to how much, as text
     "What a run of these settings would do, on each of its devices."
     if s.batch_size % (s.processes or 1):
@@ -122,7 +108,8 @@ def dry_run_facts(
                          f'choose --batch-size among the multiples of {s.processes}')
     images, processes = s.images or len(run_images(s)), s.processes or launched()
     plan = schedule_plan(images, s.batch_size, s.epochs, s.lr, s.lr_scaling, s.warmup_epochs)
-    model = build_model(s)
+    model = build_model(start_of(s), s.size, stem=s.stem, channels=s.channels, head=s.head,
+        projection_dim=s.projection_dim, grad_checkpoint=s.grad_checkpoint, seed=s.seed)
     held, sent = bytes_needed(s, model, processes)
     return {
         'images': f'{images:,}',
@@ -139,7 +126,7 @@ def dry_run_facts(
 
 # %% ../../nbs/commands/03_run.ipynb #0ac9bc35
 def make_learner(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
     images, # `ImageSet`
     out:Path|None=None, # folder of the run, where it keeps what it began with
 ):
@@ -147,19 +134,19 @@ def make_learner(
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, start_of(s, out), stem=s.stem, augment=augment, head=s.head,
         projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed,
-        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
+        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache_mb=s.cache,
         memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
     if s.compile:
         learn.encoder.compile(mode=s.compile_mode)
         learn.views.compiled = True
-    if s.no_doctor: learn.remove_cb(Doctor)
+    if s.no_doctor: learn.remove_cb(DoctorCallback)
     return learn
 
 # %% ../../nbs/commands/03_run.ipynb #5b687241
 def run_config(
-    s, # settings; `size` is set
+    s:Pretrain, # settings; `size` is set
     defining:dict, # those of them that make this run, by name
     learn,
     images, # `ImageSet`
@@ -185,7 +172,7 @@ def tensorboard_logger(folder:Path):
                     if isinstance(v, (int, float)): self.writer.add_scalar(f'{name}_{i}', v, self.train_iter)
     return Numbers(folder, trace_model=False, log_preds=False)
 
-def make_logger(s, out:Path, learn, config:dict)->list:
+def make_logger(s:Pretrain, out:Path, learn, config:dict)->list:
     "fastai's callback for TensorBoard or W&B, in the first process; none if none is wanted."
     if s.log is None or get_rank(): return []
     if s.log == 'tensorboard': return [tensorboard_logger(out/'tensorboard')]
@@ -197,37 +184,38 @@ def make_logger(s, out:Path, learn, config:dict)->list:
     return [WandbCallback(log_preds=False, log_model=False)]
 
 # %% ../../nbs/commands/03_run.ipynb #7ccc5a51
-class Replacement(Callback):
+class ReplacementCallback(Callback):
     "Lets go of the run that this one replaces, once there is a checkpoint."
     order = 81      # after the checkpoints
-    def __init__(self, out:Path): self.out, self.waiting = out, not get_rank() and (out/'.replaced').exists()
+    def __init__(self, out:Path, checkpoints:CheckpointsCallback):
+        self.out, self.written, self.waiting = out, checkpoints, not get_rank() and (out/'.replaced').exists()
     def after_batch(self):
-        if self.waiting and self.checkpoints.saved is not None:
-            settle(self.out)
+        if self.waiting and self.written.saved is not None:
+            drop_or_restore(self.out)
             self.waiting = False
     def after_epoch(self): self.after_batch()
 
 # %% ../../nbs/commands/03_run.ipynb #bd7e288e
-def make_online_eval(s, images)->list:
+def make_online_eval(s:Pretrain, images)->list:
     "Nearest neighbors every few epochs, where the images have labels."
     if not s.knn_every or images.labels is None: return []
     try: evaluate = knn_evaluator(images, s.size)
     except ValueError as e:
         warnings.warn(f'no nearest neighbors while it trains: {e}')
         return []
-    return [OnlineEval(evaluate, every=s.knn_every)]
+    return [OnlineEvalCallback(evaluate, every=s.knn_every)]
 
-def make_callbacks(s, out:Path, learn, images, config:dict, defining:dict)->list:
+def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:dict)->list:
     "What goes along with a run: checkpoints, history, evaluation, loggers."
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
-    checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
+    checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
-    measures = [OnlineMeasures(s.measure_every)] if s.measure_every else []
-    return [checkpoints, Replacement(out), History(out/'history.csv'), FreezeEncoder(s.freeze_epochs),
+    measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
+    return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
             *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
-class EpochLines(Callback):
+class EpochLinesCallback(Callback):
     "Prints one line for each epoch."
     order = 90      # after everything that measures something
     def before_fit(self): self.began, self.total = time.perf_counter(), self.epochs_completed() + self.n_epoch
@@ -248,7 +236,7 @@ def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
     stack = ExitStack()
     if sys.stdout.isatty(): return stack
-    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLines()])): stack.enter_context(context)
+    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLinesCallback()])): stack.enter_context(context)
     return stack
 
 # %% ../../nbs/commands/03_run.ipynb #ab7f0449
@@ -270,7 +258,7 @@ def begun(out:Path, config:dict, keys, overwrite:bool=False): # as `held_folder`
         yield at_first(lambda: stack.enter_context(held_folder(out, config, keys, overwrite, restarted)))
 
 # %% ../../nbs/commands/03_run.ipynb #4f72a159
-def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all processes but the first
+def train(s:Pretrain, out:Path, learn, cbs:list)->dict: # for report.json; empty in all processes but the first
     "Pretrain, and save what came of it."
     first, checkpoints = not get_rank(), cbs[0]
     pairs = out/'figures'/'pairs.png'
@@ -289,7 +277,7 @@ def train(s, out:Path, learn, cbs:list)->dict: # for report.json; empty in all p
 
 # %% ../../nbs/commands/03_run.ipynb #a2b02ba4
 @contextmanager
-def stopping(s, learn, log):
+def stopping(s:Pretrain, learn, log):
     "One line where a signal ended the run: how to go on."
     try: yield
     except (SystemExit, KeyboardInterrupt) as e:
@@ -299,13 +287,13 @@ def stopping(s, learn, log):
         raise SystemExit(128 + signal.SIGINT) if isinstance(e, KeyboardInterrupt) else e
 
 # %% ../../nbs/commands/03_run.ipynb #4ad4a533
-def keep_start(s, out:Path, learn):
+def keep_start(s:Pretrain, out:Path, learn):
     "Keep what a run began with: to go on without a download, and as a baseline of its evaluation."
     if learn.encoder.config.get('start') and not get_rank() and not (out/'start.safetensors').exists():
         save_encoder(learn.encoder, out/'start.safetensors')
 
 def pretrain_run(
-    s, # settings
+    s:Pretrain, # settings
     defining:dict, # those of them that make this run, by name
 ):
     "The whole of `simclr pretrain`, in each of the processes that a launcher started."

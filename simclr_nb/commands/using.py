@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
-from .options import AnyFloat, AnyText, Count, Flag, Seed, Workers, check_settings, optional
+from .options import (
+    AnyText, Count, Crop, Flag, Layer, NumWorkers, Seed, Traceback, VectorsFile, check_settings, optional)
 
 # %% ../../nbs/commands/07_using.ipynb #76d604d2
 @dataclass(kw_only=True)
@@ -21,13 +22,12 @@ class Embed:
     encoder_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER DATA')]
     # .safetensors, .npz, or .parquet; None: vectors.safetensors in the folder of the run
     out: AnyText = None
-    layer: Literal['h', 'z'] = 'h' # features: h, or z behind the projection head
-    # fraction of an image's shorter side to keep; None: 1, for timm its own
-    crop: Annotated[AnyFloat, 'at least 0.05', 'at most 1'] = None
+    layer: Layer = 'h'
+    crop: Crop = None
     map: Flag = False # also write a map, neighbors and small pictures, for Embedding Atlas: --out is a .parquet then
     overwrite: Flag = False # replace a file that is there
-    num_workers: Workers = None # processes that decode; None: one per core
-    traceback: Flag = False # show where an error comes from
+    num_workers: NumWorkers = None
+    traceback: Traceback = False
 
 def embed(s:Embed):
     "The command `simclr embed`."
@@ -54,11 +54,11 @@ class Search:
     "Find the images nearest to some images, among those that `simclr embed` has seen."
     # the encoder (folder of a run, encoder file, timm:NAME, …), and the images to look for
     encoder_images: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER IMAGE…')]
-    vectors: AnyText = None # what simclr embed has written; None: vectors.safetensors in the folder of the run
+    vectors: VectorsFile = None
     k: Count = 10 # images to find for each
     page: AnyText = None # page to look at, HTML; None: search.html beside the vectors
-    num_workers: Workers = 0 # processes that decode; None: one per core
-    traceback: Flag = False # show where an error comes from
+    num_workers: NumWorkers = 0
+    traceback: Traceback = False
 
 def search(s:Search):
     "The command `simclr search`."
@@ -82,11 +82,11 @@ def search(s:Search):
 class Select:
     "Say which images to label first: typical ones of every kind, from what `simclr embed` has seen."
     run_number: Annotated[Positional[tuple[str, ...]], arg(metavar='RUN K')] # folder of a run, and how many images
-    vectors: AnyText = None # what simclr embed has written; None: vectors.safetensors in the folder of the run
+    vectors: VectorsFile = None
     out: AnyText = None # list of the images, a line each; None: selected.txt beside the vectors
     seed: Seed = 0 # of the clusters
     overwrite: Flag = False # replace a list that is there
-    traceback: Flag = False # show where an error comes from
+    traceback: Traceback = False
 
 def select(s:Select):
     "The command `simclr select`."
@@ -117,8 +117,8 @@ class Curate:
     out: AnyText = None # folder for the lists; None: curate in the folder of the run
     most: Count = 100 # oddities to list
     overwrite: Flag = False # replace lists that are there
-    num_workers: Workers = None # processes that decode; None: one per core
-    traceback: Flag = False # show where an error comes from
+    num_workers: NumWorkers = None
+    traceback: Traceback = False
 
 def curate_folder(s:Curate)->Path:
     "Where the lists go; an error where something is in the way."
@@ -180,7 +180,7 @@ class Convert:
     source: AnyText = None # where the weights come from, for the description; None: the name of the checkpoint
     license: AnyText = None # of the weights, for the description; None: apache-2.0 for official checkpoints
     overwrite: Flag = False # replace files that are there
-    traceback: Flag = False # show where an error comes from
+    traceback: Traceback = False
 
 def convert(s:Convert):
     "The command `simclr convert`."
