@@ -53,3 +53,55 @@ def round_trip(word, size, path, trained=True):
     with torch.no_grad(): assert torch.equal(again(x), h), (again(x) - h).abs().max()
     assert again.config == encoder.config and again.num_features == encoder.num_features
     return encoder
+
+
+def families():
+    "The smallest network of each of timm's families, as far as names tell."
+    sizes = ('test_', 'zepto', 'atto', 'femto', 'pico', 'nano', 'xxt', 'xxs', 'tiny', '_t0', '_t_', 'mini', 'xs', '_t',
+             'small', 'micro', '_s', '050', '035', '_b0', '_0', '18', '14', '26')
+    def rank(name): return next((i for i, s in enumerate(sizes) if s in name), len(sizes)), len(name), name
+    found = {module: timm.list_models(module=module) for module in timm.list_modules()}
+    return [min(names, key=rank) for names in found.values() if names]
+
+
+def torchvision_names(every):
+    "All of torchvision's classification models; or the first of each of its modules."
+    names, seen = torchvision.models.list_models(module=torchvision.models), {}
+    for name in names: seen.setdefault(torchvision.models.get_model_builder(name).__module__, name)
+    return names if every else list(seen.values())
+
+
+refusals = ('cannot take images of shape', 'an encoder turns images', 'no linear classifier', 'cannot build')
+refused = {'torchvision:squeezenet1_0', 'torchvision:squeezenet1_1'}
+
+
+def size_for(word):
+    "A small size that the network takes, else the one that it was made for; the error where it takes neither."
+    library, _, name = word.partition(':')
+    if library == 'timm': native = timm.get_pretrained_cfg(name).input_size[-1]
+    else: native = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    tied = word.startswith(('torchvision:vit', 'torchvision:maxvit', 'torchvision:swin'))
+    for size in ([native] if tied else [96, native]):
+        try:
+            with torch.device('meta'): build_encoder(word, size)
+            return size
+        except (ValueError, NotImplementedError, RuntimeError) as e: error = e
+    if isinstance(error, ValueError): raise error
+    return native                                               # the network cannot be tried without memory
+
+
+def check(word, path):
+    try: size = size_for(word)
+    except ValueError as e:
+        assert word in refused and any(words in str(e) for words in refusals), (word, e)
+        return
+    assert word not in refused
+    round_trip(word, size, path)
+
+
+@pytest.mark.parametrize('name', torchvision_names(long))
+def test_torchvision(name, tmp_path): check(f'torchvision:{name}', tmp_path/'encoder.safetensors')
+
+
+@pytest.mark.parametrize('name', families())
+def test_timm(name, tmp_path): check(f'timm:{name}', tmp_path/'encoder.safetensors')
