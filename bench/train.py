@@ -91,7 +91,6 @@ def train_ours(args, images, encoder, head, looks):
 
 def transform_of(name, size):
     "Two views of a picture, by another library; its own defaults where the recipe does not say."
-    from torchvision.transforms import v2
     strength = .5 if small(size) else 1.
     if name == 'lightly':
         from lightly.transforms import SimCLRTransform

@@ -7,7 +7,7 @@ __all__ = ['atomic_write', 'write_json', 'save_tensors', 'BadCheckpoint', 'to_rg
            'checkpointed', 'get_world_size', 'get_rank', 'DelayedValue']
 
 # %% ../nbs/00a_core.ipynb #5c595801
-import hashlib, json, os
+import hashlib, importlib, json, os
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -167,6 +167,18 @@ def digest(
     d = hashlib.blake2b(digest_size=16)
     for part in parts: d.update(part)
     return d.hexdigest()
+
+# %% ../nbs/00a_core.ipynb #64635888
+def need(
+    module:str, # as `import` takes it
+    extra:str, # of simclr_nb, which installs it
+    what:str|None=None, # that needs the module, for the error; None: its name
+): # the module
+    "Import a module that is installed only with an extra; `ImportError`, with the command that installs it, without."
+    try: return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if not e.name or e.name.split('.')[0] != module.split('.')[0]: raise     # it is there, what it needs is not
+        raise ImportError(f"{what or module} needs another package: pip install 'simclr_nb[{extra}]'") from e
 
 # %% ../nbs/00a_core.ipynb #8dd05ae4
 def to_rgb(
@@ -336,11 +348,6 @@ def get_world_size()->int:
 def get_rank()->int:
     "The number of this process in its group; 0 where there is no group."
     return dist.get_rank() if get_world_size() > 1 else 0
-
-# %% ../nbs/00a_core.ipynb #67ab820f
-def printable(name)->str:
-    "A name of a file or of a class for people; bytes that are not UTF-8 as \\xe9."
-    return os.fsencode(str(name)).decode('utf-8', 'backslashreplace')
 
 # %% ../nbs/00a_core.ipynb #98f1ef35
 def _table_line(cells, width, left):

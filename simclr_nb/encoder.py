@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from . import __version__
 from .core import eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
 
 # %% ../nbs/02_encoder.ipynb #83406662

@@ -259,7 +259,7 @@ class SimCLRLearner(ViewsLearner):
     def to_fp16(self, **kwargs): return self.add_cb(PrecisionCallback('fp16', **kwargs))
     def validate(self, *args, **kwargs):
         raise ValueError('there is nothing to validate: the loss measures the pretext task on training images. '
-                         'Evaluate learn.encoder, with simclr_nb.evaluation.linear.compare for example')
+                         'Evaluate learn.encoder, with simclr_nb.evaluation.protocols.evaluate for example')
     def export(self, *args, **kwargs):
         raise ValueError('a pickled Learner would hold the loaders and their augmentations: '
                          'save what was learned with learn.save_encoder(path)')
@@ -349,7 +349,7 @@ def simclr_learner(
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     micro_batch:int|None=None, # images that go through the network at a time: less memory, more time
     grad_checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
-    cache:float=0, # megabytes of memory for decoded images, as in `train_loader`
+    cache_mb:float=0, # megabytes of memory for decoded images, as in `train_loader`
     memory_format=None, # of views and network; None: torch.channels_last, which is faster, unless `arch` is a module
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `optimizer`
 )->SimCLRLearner: # with `pretrain`, `show_batch`, `save_encoder` and all of fastai's
@@ -364,7 +364,7 @@ def simclr_learner(
         projection_dim=projection_dim, micro_batch=micro_batch, grad_checkpoint=grad_checkpoint, seed=seed)
     adapt_encoder(model.encoder, images)
     memory_format = to_layout(model, arch, memory_format)
-    dls = make_dls(images, augment, seed, num_workers, cache, batch_size)
+    dls = make_dls(images, augment, seed, num_workers, cache_mb, batch_size)
     metrics = ContrastiveMetricsCallback(temperature)
     own_cbs = [ViewsCallback(augment, seed, memory_format), metrics, *doctor_cbs(arch, weights)]
     learn = contrastive_learner(dls, model, loss, metrics.metrics(), own_cbs, **optimization)

@@ -3,10 +3,11 @@ import copy, datetime, os, time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import pytest, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import forks
 from conftest import free_port
 from simclr_nb.training.online import OnlineEvalCallback
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
@@ -15,6 +16,7 @@ from simclr_nb.training.memory import checkpoint_activations
 from simclr_nb.ntxent import NTXentLoss, contrastive_metrics, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 
+pytestmark = pytest.mark.process
 SECONDS = 60   # the longest that any collective may wait; a whole group of processes gets twice that
 IMAGES = 12    # divisible by 2 and 4
 
@@ -239,17 +241,8 @@ def worker(rank, world, folder):
 
 
 def launch(f, world, folder):
-    "Run f(rank, world, folder) in `world` processes, forked from one that has done the imports; at most 2*SECONDS."
-    imports = ['simclr_nb.distributed', 'simclr_nb.lars', 'simclr_nb.training.memory', 'simclr_nb.projection']
-    mp.get_context('forkserver').set_forkserver_preload(imports)
-    context = mp.start_processes(f, (world, str(folder)), nprocs=world, join=False, start_method='forkserver')
-    end = time.monotonic() + 2*SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f'{world} processes were not done after {2*SECONDS} s'
-    finally:
-        for p in context.processes:
-            if p.is_alive(): p.kill()
+    "Run f(rank, world, folder) in `world` processes; at most 2*SECONDS."
+    forks.together(f, world, (world, str(folder)), 2*SECONDS)
     return [torch.load(f'{folder}/rank{r}.pt') for r in range(world)]
 
 

@@ -11,18 +11,18 @@ __all__ = ['view_size', 'run_images', 'launched', 'check_machine', 'dry_run_fact
 import os, platform, signal, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device
-from ..core import get_rank, markdown_table, shown
+from ..core import get_rank, markdown_table, need, shown
 from ..encoder import encoder_info, load_encoder, save_encoder, set_encoder_info
 from ..lars import schedule_plan
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..weights.files import pretrained, save_head
 from ..weights.official import load_official
+from ..data.channels import with_channels
 from ..data.datasets import check_batch
 from ..data.sources import augmentations_for, load_images, presets
 from ..features.copies import look_at_images
@@ -38,6 +38,7 @@ from ..training.resume import CheckpointsCallback, saved_states
 from ..learner import build_model, simclr_learner
 from .options import two_numbers
 from .pretrain import Pretrain
+from .. import __version__
 
 # %% ../../nbs/commands/03_run.ipynb #a2f274c8
 def view_size(s:Pretrain)->int:
@@ -48,7 +49,7 @@ def view_size(s:Pretrain)->int:
 def run_images(s:Pretrain):
     "The images to train on."
     images = load_images(s.source)
-    if s.channels: images = images.with_channels(s.channels, *two_numbers('--value-range', s.value_range))
+    if s.channels: images = with_channels(images, s.channels, *two_numbers('--value-range', s.value_range))
     return images.with_positives(s.positives) if s.positives else images
 
 def launched()->int:
@@ -77,8 +78,7 @@ def check_machine(s:Pretrain):
     if s.batch_size % n:
         raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: '
                          f'choose --batch-size among the multiples of {n}')
-    if s.log and not find_spec(s.log):
-        raise ImportError(f"--log {s.log} needs another package: pip install 'simclr_nb[log]'")
+    if s.log: need(s.log, 'log', f'--log {s.log}')
     if s.log == 'wandb': check_wandb()
 
 # %% ../../nbs/commands/03_run.ipynb #bdacbf48
@@ -137,7 +137,7 @@ def make_learner(
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, start_of(s, out), stem=s.stem, augment=augment, head=s.head,
         projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed,
-        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
+        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache_mb=s.cache,
         memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()

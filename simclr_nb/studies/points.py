@@ -14,22 +14,23 @@ import numpy as np, torch
 from fastai.torch_core import no_random
 from torch import nn
 from ..core import Variant, replace_modules, variant
-from ..augmentations import Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations, to_grayscale
+from ..augmentations import (
+    Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations, to_grayscale)
 from ..operations import (
     RandomCutout, RandomNoise, RandomQuarterTurn, RandomSobel, broader_operations, gaussian_noise, sobel)
 from ..encoder import build_encoder
 from ..ntxent import nt_xent
 from ..losses import margin_triplet, nt_logistic
-from ..data.sources import train_test_splits
 from ..data.sets import ImageSet
+from ..data.sources import train_test_splits
+from ..features.extract import extract_features
+from ..features.logistic import LogisticClassifier
+from ..features.metrics import accuracy
+from ..features.neighbors import NeighborClassifier
+from ..features.spectrum import effective_rank
 from ..learner import ViewsLoss, optimizers, simclr_learner
 from ..evaluation.classifier import supervised_learner
-from ..features.extract import extract_features
-from ..features.metrics import accuracy
-from ..features.neighbors import knn_predict
-from ..features.spectrum import effective_rank
 from ..evaluation.linear import transformation_probe
-from ..features.logistic import logistic_regression
 from .grids import Training
 
 # %% ../../nbs/studies/02_points.ipynb #66f51a65
@@ -106,7 +107,7 @@ def train_point(
         learn = supervised_learner(labeled, encoder, batch_size=t.batch_size, opt_func=optimizers[t.optimizer], **how)
     else:
         learn = simclr_learner(images, encoder, head=t.head, projection_dim=t.projection_dim, temperature=t.temperature,
-            optimizer=t.optimizer, cache=2000, micro_batch=micro_batch, memory_format=torch.channels_last, **how)
+            optimizer=t.optimizer, cache_mb=2000, micro_batch=micro_batch, memory_format=torch.channels_last, **how)
         learn.loss_func = ViewsLoss(loss_of(t))
     if t.norm_pictures: local_batch_norm(learn.model, t.norm_pictures)
     with learn.no_bar(), learn.no_logging(): learn.pretrain(t.epochs, t.batch_size, t.lr, t.lr_scaling)
@@ -125,10 +126,10 @@ def measure(
     banks, queries = (extract_features(networks, s, t.size, num_workers=num_workers)[0] for s in sets)
     for name, bank in banks.items():
         of = '' if name == 'h' else f' of {name}'
-        linear = logistic_regression(bank, labeled.labels).predict(queries[name])
-        neighbors = knn_predict(bank, labeled.labels, queries[name])
-        found[f'linear{of}'] = 100*accuracy(test.labels, linear)
-        found[f'neighbors{of}'] = 100*accuracy(test.labels, neighbors)
+        linear = LogisticClassifier().fit(bank, labeled.labels).predict(queries[name])
+        neighbors = NeighborClassifier().fit(bank, labeled.labels).predict(queries[name])
+        found[f'linear{of}'] = accuracy(test.labels, linear)
+        found[f'neighbors{of}'] = accuracy(test.labels, neighbors)
         found[f'rank of {name}'] = effective_rank(bank)
     return found
 

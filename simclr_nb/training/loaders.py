@@ -40,19 +40,19 @@ def train_dls(
     seed:int=0,
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     device=None, # where batches go; None: fastai's default
-    cache:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
+    cache_mb:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
 )->CropLoaders:
     "Loaders of crops for fastai's `Learner`."
-    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache), device)
+    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache_mb), device)
 
 # %% ../../nbs/training/02_loaders.ipynb #99caa54a
-def make_dls(data, augment, seed, num_workers, cache=0, batch_size=None):
+def make_dls(data, augment, seed, num_workers, cache_mb=0, batch_size=None):
     "The `DataLoaders` that are given, or new ones for a set of images."
     if not isinstance(data, DataLoaders):
         if len(data) < 2: raise ValueError(f'contrastive learning needs at least 2 images, got {len(data)}')
         if batch_size is None: batch_size = min(256, len(data))
         check_batch(len(data), batch_size)
-        return train_dls(data, augment, batch_size, seed, num_workers, cache=cache)
+        return train_dls(data, augment, batch_size, seed, num_workers, cache_mb=cache_mb)
     if not isinstance(data, CropLoaders) and not isinstance(data.train, FastaiLoader):
         raise TypeError(f'the DataLoaders hold a {type(data.train).__name__}; simclr_learner takes loaders of fastai, '
                         'or those of train_dls')

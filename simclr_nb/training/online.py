@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import no_random
 from torch import Tensor, nn
 from ..core import eval_mode, get_rank, get_world_size, unwrap
-from ..augmentations import keyed_rng
+from ..augmentations import Stream, beyond, keyed_rng
 from ..lars import scale_lr
 from ..distributed import others_wait
 from ..data.datasets import TwoCropDataset
@@ -56,7 +56,7 @@ class OnlineProbeCallback(Callback):
         self.layer, self.accuracy, self.accuracies = None, None, {}
     def before_fit(self):
         self.y = labels_of(self.dls.train.dataset, self.labels).to(self.dls.device)
-        held_out = keyed_rng(self.seed, view=2**32 + 2).random(len(self.y)) < self.fraction
+        held_out = keyed_rng(self.seed, view=Stream.HELD_OUT).random(len(self.y)) < self.fraction
         self.held_out = torch.as_tensor(held_out, device=self.y.device)
         self.classes = int(self.y.max()) + 1
         self.right, self.total = torch.zeros(2, self.classes, device=self.y.device)
@@ -118,11 +118,9 @@ class OnlineEvalCallback(Callback):
     def for_history(self, epoch:int)->dict: return dict(knn=self.accuracies.get(epoch))
 
 # %% ../../nbs/training/05_online.ipynb #3470dab7
-_far = 2**32 # the first epoch whose views are measured: training never gets there
-
 def _views(dataset, idxs, pairs):
     "The same views of some images each time, (images, 2·pairs, 3, S, S)."
-    drawn = [dataset.views(_far + k, i) for i in idxs for k in range(pairs)]
+    drawn = [dataset.views(beyond + k, i) for i in idxs for k in range(pairs)]     # epochs that training never gets to
     crops, params = torch.stack([c for c, _ in drawn]), torch.stack([torch.as_tensor(p) for _, p in drawn])
     views = crops_to_views(dataset.augment, crops, params)             # all first ones, then all second
     return views.unflatten(0, (2, len(idxs), pairs)).transpose(0, 1).flatten(1, 2)
@@ -144,7 +142,7 @@ def view_features(
 )->Tensor: # (n, views, d) float32 on the CPU; n images could be read
     "Features of several views of a few training images, the same at each call."
     n, found = len(dataset), []
-    idxs = keyed_rng(dataset.seed, view=2**32 + 5).permutation(n)[:images].tolist()
+    idxs = keyed_rng(dataset.seed, view=Stream.MEASURED).permutation(n)[:images].tolist()
     like = next(encoder.parameters())
     with eval_mode(encoder):
         for at in range(0, len(idxs), 32):
