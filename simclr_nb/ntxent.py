@@ -303,7 +303,6 @@ def contrastive_accuracy(
     "Fraction of first views whose most similar second view is their own (N answers each)."
     return contrastive_metrics(z, temperature, normalize)[0]
 
-# %% ../nbs/04_ntxent.ipynb #ba7ee7fb
 def contrastive_entropy(
     z:Tensor, # (2N, D) projections
     temperature:float=.1, # τ of the loss
@@ -321,7 +320,6 @@ def alignment(
     a, b = normalize_rows(check_projections(z)).chunk(2)
     return (a - b).square().sum(1).mean()
 
-# %% ../nbs/04_ntxent.ipynb #af529ed5
 @torch.no_grad()
 def uniformity(
     z:Tensor, # (2N, D) projections of N > 1 images; scaled to length 1 here
