@@ -17,6 +17,22 @@ demo: $(VENV)/.with-demo  ## Pretrain on pictures of solar cells (about 15 minut
 
 test: $(VENV)/.with-dev  ## Check the tree, run every notebook and every test (FLAGS="slow cuda" adds those cells)
 	@$(RUN)/python tests/gate.py $(FLAGS)
+	@git rev-parse HEAD > $(VENV)/.tested
+
+lint: $(VENV)/.with-dev  ## What ruff and codespell find
+	@$(RUN)/python tools/lint.py
+
+lowest: $(VENV)/.with-lowest  ## The tests with the lowest versions that settings.ini allows, in an environment of its own
+	@PIP_CONSTRAINT=$(abspath $(VENV)/lowest.txt) $(MAKE) VENV=$(VENV)-lowest test
+
+findings: $(VENV)/.with-dev  ## Run every findings/*.sh, one after the other, and say which of them hold
+	@$(RUN)/python tools/findings.py
+
+release: $(VENV)/.with-dev  ## Check, test, build and tag the version in simclr_nb/__init__.py; nothing is sent
+	@$(RUN)/python tools/release.py --tested $(VENV)/.tested
+
+quick: $(VENV)/.with-dev  ## Check the tree and what concerns your changes, without processes (two minutes at most)
+	@$(RUN)/python tests/gate.py --quick $(FLAGS)
 
 docs: $(VENV)/.with-dev  ## Build the docs site in _docs and check its links
 	@$(RUN)/python tools/docs.py
@@ -52,4 +68,10 @@ $(VENV)/.with-%: settings.ini setup.py pyproject.toml
 	$(RUN)/python -m pip install $(QUIET) -e '.[$(with-$*)]'
 	@touch $@
 
-.PHONY: help demo test docs notebooks readme bench clean
+$(VENV)/.with-lowest: settings.ini tools/lowest.py
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install -q uv
+	$(RUN)/python tools/lowest.py > $(VENV)/lowest.txt
+	@touch $@
+
+.PHONY: help demo test quick lint lowest findings release docs notebooks readme bench clean

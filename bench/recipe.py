@@ -63,7 +63,7 @@ def trained(s, seed, fit):
     from simclr_nb.learner import simclr_learner
     learn = simclr_learner(fit, untrained(s, seed), augment=augmentation(s), head=s['head'],
                            projection_dim=s['projection_dim'], temperature=s['temperature'], optimizer=s['optimizer'],
-                           seed=seed, num_workers=0, cache=1000, memory_format=torch.channels_last)
+                           seed=seed, num_workers=0, cache_mb=1000, memory_format=torch.channels_last)
     with learn.no_bar(), learn.no_logging(): learn.pretrain(s['epochs'], batch_size=s['batch_size'], lr=s['lr'])
     return learn.encoder
 

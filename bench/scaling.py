@@ -13,11 +13,11 @@ warnings.simplefilter('ignore')
 
 import cv2, numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
 from pipeline import sample_images
-from simclr_nb.augmentations import make_views, simclr_augmentations
+from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data.datasets import TwoCropDataset
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import gather_rows, global_batch_norm
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.training.memory import bytes_per_step
 from simclr_nb.ntxent import nt_xent
@@ -35,7 +35,7 @@ PARTS = 'input', 'compute', 'batch_norm', 'loss', 'gradients', 'optimizer'      
 def network(arch):
     torch.manual_seed(0)
     encoder = build_encoder(arch)
-    return SimCLR(encoder, projection_head(feature_dim(encoder), dim_out=DIM))
+    return SimCLR(encoder, projection_head(encoder.num_features, dim_out=DIM))
 
 
 def channels(model): return [m.num_features for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -66,7 +66,7 @@ def tasks(a, n, rank, world_size, folder):
     def views():
         items = [pairs[0, (rank*n + i) % len(pairs)] for i in range(n)]
         crops, params, *_ = default_collate(items)
-        return make_views(augment, crops, params)
+        return augment.views(crops, params)
 
     def loss(gather):
         rows = z.clone().requires_grad_()
@@ -205,10 +205,9 @@ def predicted(a, model, bandwidth, world_size):
 def table(found):
     head = ['processes', 'images each', *PARTS, 'step', 'modeled', 'error', 'images/s']
     lines = ['| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|']
-    for r in found['measured']:
-        lines.append(f'| {r["processes"]} | {r["images_each"]} | ' + ' | '.join(f'{r["ms"][k]:.0f}' for k in PARTS)
-            + f' | {r["ms"]["step"]:.0f} | {r["modeled_ms"]["step"]:.0f} | {r["relative_error"]:+.0%}'
-            + f' | {r["images_per_second"]:.1f} |')
+    lines += [f'| {r["processes"]} | {r["images_each"]} | ' + ' | '.join(f'{r["ms"][k]:.0f}' for k in PARTS)
+              + f' | {r["ms"]["step"]:.0f} | {r["modeled_ms"]["step"]:.0f} | {r["relative_error"]:+.0%}'
+              + f' | {r["images_per_second"]:.1f} |' for r in found['measured']]
     head = ['GB/s', 'devices', *found['predicted'][0]['ms'], 'efficiency', 'gradients behind the backward pass']
     lines += ['', '| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|']
     for r in found['predicted']:

@@ -8,6 +8,7 @@ that is there afterwards and was not before. `first batch` is from the order of 
 crops. Reading is in random order, the same for both; `cold` after the kernel was told to forget the files' contents.
 """
 import argparse, gc, io, json, os, random, statistics, subprocess, sys, tarfile, tempfile, time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np, psutil
@@ -63,7 +64,8 @@ listings = {'simclr_nb, folder': by_folder, 'simclr_nb, shards': by_shards, 'sor
             'torchvision ImageFolder': by_torchvision}
 
 def list_once(contestant, small, shards):
-    import simclr_nb.data.datasets, simclr_nb.data.stores, torchvision.datasets                # not what is measured
+    for name in ('simclr_nb.data.datasets', 'simclr_nb.data.stores', 'torchvision.datasets'):
+        import_module(name)                                                 # not what is measured
     gc.collect()
     resident = psutil.Process().memory_info
     before, start = resident().rss, time.perf_counter()

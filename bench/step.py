@@ -15,9 +15,8 @@ warnings.simplefilter('ignore')
 
 import numpy as np, torch, torch.distributed as dist
 from loss import missing
-from simclr_nb.augmentations import make_views
 from simclr_nb.data.sources import augmentations_for
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS
 from simclr_nb.training.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
@@ -96,7 +95,7 @@ def trainer(variant, a, n):
     cuda, has = a.device.startswith('cuda'), set(variant.split('+'))
     torch.manual_seed(0)
     encoder = build_encoder(a.arch, a.size)
-    model = SimCLR(encoder, projection_head(feature_dim(encoder, a.size))).to(a.device)
+    model = SimCLR(encoder, projection_head(encoder.num_features)).to(a.device)
     layout = torch.contiguous_format if 'contiguous' in has else torch.channels_last
     model = model.to(memory_format=layout)
     if 'global' in has: replace_batch_norm(model.encoder, OursAlone)
@@ -109,11 +108,11 @@ def trainer(variant, a, n):
         marks('start')
         crops, params = (t.to(a.device, non_blocking=True) for t in batch)
         marks('copy')
-        views = make_views(augment, crops, params, apply).contiguous(memory_format=layout)
+        views = augment.views(crops, params, apply).contiguous(memory_format=layout)
         marks('augmentation')
         with torch.autocast(a.device.split(':')[0], torch.bfloat16, enabled='bf16' in has): h, z = model(views)
         marks('forward')
-        loss = nt_xent(z, a.temperature)
+        loss = nt_xent(z, temperature=a.temperature)
         marks('loss')
         loss.backward()
         marks('backward')

@@ -58,7 +58,7 @@ def network(args):
     from simclr_nb.projection import projection_head
     torch.manual_seed(args.seed)
     encoder = build_encoder(args.arch, args.size, args.stem)
-    return encoder, projection_head(encoder.feature_dim, 'nonlinear', 128)
+    return encoder, projection_head(encoder.num_features, 'nonlinear', 128)
 
 
 def train_ours(args, images, encoder, head, looks):
@@ -91,7 +91,6 @@ def train_ours(args, images, encoder, head, looks):
 
 def transform_of(name, size):
     "Two views of a picture, by another library; its own defaults where the recipe does not say."
-    from torchvision.transforms import v2
     strength = .5 if small(size) else 1.
     if name == 'lightly':
         from lightly.transforms import SimCLRTransform
@@ -158,7 +157,7 @@ def train_bare(args, images, encoder, head, looks):
     for epoch in range(max(args.lengths)):
         for _ in range(len(images)//args.batch_size):
             optimizer.zero_grad()
-            nt_xent(model(x), args.temperature).backward()
+            nt_xent(model(x), temperature=args.temperature).backward()
             optimizer.step()
         looks(epoch + 1, time.perf_counter() - began)
     return dict(drop=len(images) % args.batch_size)
@@ -262,10 +261,8 @@ def in_own_process(args, name, seed):
 
 def interval(differences):
     "Mean of paired differences with its 95% interval (Student's t)."
-    from scipy.stats import t
-    n, mean = len(differences), statistics.mean(differences)
-    if n < 2: return mean, None
-    return mean, t.ppf(.975, n - 1)*statistics.stdev(differences)/n**.5
+    from simclr_nb.studies.results import half_interval
+    return statistics.mean(differences), half_interval(differences) if len(differences) > 1 else None
 
 
 def spread(values, digits=1):

@@ -1,5 +1,6 @@
 """Writes TensorFlow checkpoints, from the format's description: doc/table_format.md of LevelDB, and the comments of
-TensorFlow's tensor_bundle.proto and tensor_bundle.h. For tests; shares no line with the reader in simclr_nb.weights.bundle."""
+TensorFlow's tensor_bundle.proto and tensor_bundle.h. For tests; it shares no line with the reader in
+simclr_nb.weights.bundle."""
 import os, struct
 from pathlib import Path
 

@@ -1,19 +1,22 @@
 "Pictures that are no 8-bit RGB: read without loss, trained on, embedded, judged, in one channel or four."
 import json, warnings
+from dataclasses import fields, replace
 
 import cv2, numpy as np, pytest, torch
 from PIL import Image, ImageOps
 
 from simclr_nb.commands import main as cli
-from simclr_nb.augmentations import Augmentation, RandomResizedCrop, make_views, simclr_augmentations
+from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
 from simclr_nb.data.datasets import EvalDataset, TwoCropDataset
-from simclr_nb.data.channels import augmentation_for_channels, read_array
-from simclr_nb.encoder import encoder_info, load_encoder
+from simclr_nb.data.channels import augmentation_for_channels, read_array, with_channels
+from simclr_nb.encoder import load_encoder
+from simclr_nb.features.copies import find_copies, thumbnails
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import BadImage
 from simclr_nb.operations import broader_augmentations
 from simclr_nb.training.views import apply_cpu
 from simclr_nb.data.sets import ImageSet, folder_images
+from simclr_nb.evaluation import transfer_sets
 from simclr_nb.using.vectors import read_vectors
 
 tifffile = pytest.importorskip('tifffile')
@@ -52,7 +55,7 @@ def test_a_set_of_16_bits_trains_and_its_encoder_reads_as_it_was_trained(deep, t
         how = ['--protocol', 'knn', '--seeds', '0', '--num-workers', '0']
         cli.main(['evaluate', str(tmp_path/'run'), str(folder), *how])
         cli.main(['search', str(tmp_path/'run'), str(folder/'class0/00.tif'), '--k', '3'])
-    info = encoder_info(load_encoder(tmp_path/'run/encoder.safetensors'))
+    info = load_encoder(tmp_path/'run/encoder.safetensors').config
     assert info['channels'] == channels and all(0 <= v < 200 for v in info['pixels']['low'])
     assert all(2500 < v <= 4000 for v in info['pixels']['high'])
     vectors = read_vectors(tmp_path/'run/vectors.safetensors')
@@ -70,7 +73,7 @@ def test_features_differ_where_images_differ_below_8_bits(tmp_path):
     for name, im in (('a', x), ('b', y)): tifffile.imwrite(tmp_path/f'{name}.tif', im[..., 0])
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten())
     images = folder_images(tmp_path)
-    a, b = extract_features(net, images.with_channels(1, 0, 65_535), 32, num_workers=0)[0]
+    a, b = extract_features(net, with_channels(images, 1, 0, 65_535), 32, num_workers=0)[0]
     assert (a != b).any()
     a, b = extract_features(net, images, 32, num_workers=0)[0]      # as RGB of 8 bits they are one picture
     assert torch.equal(a, b)
@@ -79,13 +82,45 @@ def test_features_differ_where_images_differ_below_8_bits(tmp_path):
 def test_eight_bit_rgb_read_as_it_is_agrees_with_the_usual_way(tmp_path):
     for i in range(4): Image.fromarray(smooth(i, 3, 255).astype(np.uint8)).save(tmp_path/f'{i}.png')
     images = folder_images(tmp_path)
-    deep = images.with_channels(3)
+    deep = with_channels(images, 3)
     assert deep.depth.low == [0]*3 and deep.depth.high == [255]*3
     augment = Augmentation(32, RandomResizedCrop())
     for i in range(4):
         usual, same = TwoCropDataset(images, augment)[0, i][0], TwoCropDataset(deep, augment)[0, i][0]
         assert (usual/255 - same).abs().max() < .02
         assert (EvalDataset(images, 32)[i][0]/255 - EvalDataset(deep, 32)[i][0]).abs().max() < .02
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Nine pictures of 5 channels, which nothing reads as RGB, and one more: the first, slightly brighter."
+    for i in range(9): np.save(tmp_path/f'{i}.npy', smooth(i, 5, 3000))
+    np.save(tmp_path/'9.npy', smooth(0, 5, 3000)*1.001)
+    return with_channels(folder_images(tmp_path), 5, 0, 4000)
+
+def test_copies_are_found_among_pictures_with_channels(pictures):
+    "A set that loses its channels on the way shows no picture of them at all, and no copy."
+    shown = thumbnails(pictures)
+    assert not shown.isnan().any() and thumbnails(replace(pictures, depth=None)).isnan().all()
+    found = find_copies(pictures, shown - shown.mean(0), k=5)
+    assert [(c.first, c.second, c.reason) for c in found] == [(0, 9, 'same picture')]
+
+def test_copies_of_a_set_keep_everything_that_is_known_of_it(pictures):
+    "Every field is said to be kept or changed here: a new one has to be thought of."
+    full = replace(pictures, labels=np.array([0, 2]*5), classes=['a', 'b', 'c'], groups=np.arange(10)//2,
+                   columns=dict(place=np.array([*'vvwwxxyyzz'])))
+    fewer, both, dense = full.subset(range(3, 8)), full.joined(full), transfer_sets._renumbered(full)
+    assert {f.name for f in fields(full)} == {'files', 'labels', 'classes', 'columns', 'groups', 'depth'}
+    for images in (fewer, both, dense):
+        assert images.depth == full.depth and set(images.columns) == {'place'} and images.groups is not None
+        assert not images[0].getextrema() == ((0, 0),)*3
+        for i, file in enumerate(images.files):
+            k = int(file.stem)
+            assert images.columns['place'][i] == full.columns['place'][k]
+            assert images.classes[images.labels[i]] == 'ac'[k % 2]
+    assert fewer.groups.tolist() == [1, 2, 2, 3, 3] and dense.classes == ['a', 'c']
+    assert both.groups.tolist() == [i//2 for i in range(20)]                       # no pair across the sets
+    with pytest.raises(ValueError, match='read differently'): full.joined(replace(full, depth=None))
 
 
 def test_gray_views_are_those_of_gray_rgb():
@@ -96,10 +131,10 @@ def test_gray_views_are_those_of_gray_rgb():
             warnings.simplefilter('ignore')
             one = augmentation_for_channels(simclr_augmentations(24, implementation=colors), 1)
         params = torch.stack([torch.from_numpy(one.draw_views((0, 0, i), 24, 24)[1]) for i in range(6)])
-        gray = make_views(one, crops, params)
-        three = make_views(one, crops.expand(-1, -1, 3, -1, -1), params)
+        gray = one.views(crops, params)
+        three = one.views(crops.expand(-1, -1, 3, -1, -1), params)
         torch.testing.assert_close(gray.expand(-1, 3, -1, -1), three, atol=5e-4, rtol=0)    # luma sums to .9999
-        torch.testing.assert_close(make_views(one, crops, params, apply_cpu), gray)
+        torch.testing.assert_close(one.views(crops, params, apply_cpu), gray)
         assert (gray != crops.transpose(0, 1).flatten(0, 1)).any()
 
 
@@ -107,7 +142,7 @@ def test_what_needs_rgb_is_left_out_and_named():
     with pytest.warns(UserWarning, match='left out.*RandomEqualize, RandomGrayscale, RandomSobel, hue, saturation'):
         one = augmentation_for_channels(broader_augmentations(32), 4)
     params = torch.from_numpy(np.stack([one.draw_views((0, e, 0), 40, 40)[1] for e in range(50)]))
-    views = make_views(one, torch.rand(50, 2, 4, 32, 32), params)
+    views = one.views(torch.rand(50, 2, 4, 32, 32), params)
     assert views.shape == (100, 4, 32, 32) and views.min() >= 0 and views.max() <= 1
 
 
@@ -120,7 +155,7 @@ def test_what_needs_rgb_is_left_out_and_named():
 def test_what_does_not_fit_is_named_and_left_out(tmp_path, name, make, why):
     for i in range(3): tifffile.imwrite(tmp_path/f'{i}.tif', smooth(i, 1, 4000)[..., 0].astype(np.uint16))
     make(tmp_path/name)
-    images = ImageSet([*sorted(tmp_path.glob('?.tif')), tmp_path/name]).with_channels(1, 0, 4000)
+    images = with_channels(ImageSet([*sorted(tmp_path.glob('?.tif')), tmp_path/name]), 1, 0, 4000)
     with pytest.raises(BadImage, match=why) as e: images.depth.read(tmp_path/name)
     assert name in str(e.value)
     dataset = TwoCropDataset(images, Augmentation(32, RandomResizedCrop()))
@@ -171,7 +206,7 @@ def test_dicom(tmp_path):
         got = read_array(tmp_path/f'{kind}.dcm')[..., 0]
         shown = x.astype(float) if kind == 'MONOCHROME2' else 4095. - x          # whatever this picture's brightest is
         np.testing.assert_array_equal(got, 2*shown - 1000)
-    assert folder_images(tmp_path).with_channels(1).depth.channels == 1
+    assert with_channels(folder_images(tmp_path), 1).depth.channels == 1
     assert pydicom.__version__
 
 

@@ -129,7 +129,8 @@ def private_imports(sources):
 
 def upward_imports(pairs):
     "Imports from a lower line than the module's own; pairs of (module, other module)."
-    wrong = [f'{m}: its room is in no layer' for m in sorted({m for pair in pairs for m in pair}) if room(m) not in lines]
+    named = sorted({m for pair in pairs for m in pair})
+    wrong = [f'{m}: its room is in no layer' for m in named if room(m) not in lines]
     return wrong + [f'{module} (line {lines[room(module)]}) imports {other} (line {lines[room(other)]})'
         for module, other in sorted(pairs)
         if {room(module), room(other)} <= lines.keys() and lines[room(other)] > lines[room(module)]]

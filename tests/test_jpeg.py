@@ -1,6 +1,5 @@
 "JPEG files take a shorter way than others: to the same pixels, bit for bit, and to the same errors."
 import io
-from pathlib import Path
 
 import numpy as np, pytest, simplejpeg, torch
 from PIL import Image
@@ -30,7 +29,9 @@ def noted(orientation):
 def sampled(colors, im=picture): return simplejpeg.encode_jpeg(np.asarray(im), 90, 'RGB', colors)
 
 def segment(marker, payload): return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, 'big') + payload
-def inserted(what, at=2, data=coded()): return data[:at] + what + data[at:]
+def inserted(what, at=2, data=None):
+    data = data or coded()
+    return data[:at] + what + data[at:]
 def changed(data, at, value): return data[:at] + bytes([value]) + data[at + 1:]
 
 frame = coded().index(b'\xff\xc0')                       # where the header says what the picture is
@@ -113,8 +114,8 @@ def test_a_file_cut_off_anywhere_or_damaged_anywhere_has_the_same_outcome(tmp_pa
     rng, file = np.random.default_rng(0), tmp_path/'picture.jpg'
     whole = coded(picture.crop((0, 0, 97, 61)), progressive=progressive, exif=noted(1))
     kinds = [whole[:n] for n in range(0, len(whole), len(whole)//20)]
-    for at in [*rng.integers(2, 700, 80), *rng.integers(700, len(whole), 20)]:
-        kinds.append(changed(whole, at, int(rng.integers(256))))
+    places = [*rng.integers(2, 700, 80), *rng.integers(700, len(whole), 20)]
+    kinds += [changed(whole, at, int(rng.integers(256))) for at in places]
     for data in kinds:
         file.write_bytes(data)
         assert all(both_ways(file))

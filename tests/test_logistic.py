@@ -64,8 +64,9 @@ def test_gradient_and_curvature_are_those_of_autograd():
     x[:, -1] = 1
     w, lam = torch.rand(50, generator=g, dtype=torch.float64), torch.tensor([.1, 2.], dtype=torch.float64)
     W = torch.randn(2, 3, 7, generator=g, dtype=torch.float64).requires_grad_()
-    def loss(V, l): return w @ F.cross_entropy(x @ V.T, y, reduction='none') + l/2*V[:, :-1].square().sum()
-    f = torch.stack([loss(V, l) for V, l in zip(W, lam)])
+    def loss(V, lam):
+        return w @ F.cross_entropy(x @ V.T, y, reduction='none') + lam/2*V[:, :-1].square().sum()
+    f = torch.stack([loss(V, one) for V, one in zip(W, lam)])
     p = (x @ W.mT).softmax(2).detach()
     wanted = f.detach(), torch.autograd.grad(f.sum(), W)[0], w @ (p*(1 - p))
     for ours, want in zip(_loss_grad(x, y, w, W.detach(), lam, W.dtype), wanted): torch.testing.assert_close(ours, want)

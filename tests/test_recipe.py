@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'bench'))
-import recipe                                                                                    # noqa: E402
+import recipe
 
 
 def test_a_variant_changes_the_recipe():

@@ -1,14 +1,17 @@
 "Runs that die and go on: the same command, started again, ends with the same weights, bit for bit."
-import json, os, random, resource, signal, subprocess, sys, time, warnings
+import json, os, random, resource, signal, subprocess, sys, time
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import forks
+
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History, read_history
+from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.training.resume import load_state
 
+pytestmark = pytest.mark.process
 STEPS = 18
 settings = dict(arch='resnet18_0.125x', size=32, batch_size=16, epochs=6, lr=.1, num_workers=0, save_every=2)
 
@@ -36,10 +39,7 @@ def images(place):
 
 
 @pytest.fixture(scope='module')
-def processes():
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
-    return context
+def processes(): return forks
 
 
 def killing_in(call, signal=signal.SIGKILL):
@@ -64,7 +64,7 @@ def filling_at(call):
 
 def slow_steps(seconds):
     "History.after_batch after which there is time to send a signal, however busy the machine is."
-    write_line = History.after_batch
+    write_line = HistoryCallback.after_batch
     def slow(self):
         write_line(self)
         time.sleep(seconds)
@@ -78,15 +78,15 @@ def a_run(images, out, how, changes, seen):
     sys.stdout = sys.stderr = open(seen, 'a', buffering=1)
     if how.get('kill_write'): os.fsync = killing_in(how['kill_write'])
     if how.get('full'): os.fsync = filling_at(how['full'])
-    if how.get('slow'): History.after_batch = slow_steps(how['slow'])
+    if how.get('slow'): HistoryCallback.after_batch = slow_steps(how['slow'])
     cli.main(arguments(images, out, **changes))
 
 
-def start(processes, images, out, how={}, **changes):
+def start(processes, images, out, how=None, **changes):
     seen = log(out)
     seen.touch()
     seen.chmod(0o666)
-    process = processes.Process(target=a_run, args=(images, out, how, changes, str(seen)))
+    process = processes.Process(target=a_run, args=(images, out, how or {}, changes, str(seen)))
     process.start()
     return process
 
@@ -244,14 +244,14 @@ def test_sigterm_saves_and_leaves(processes, images, place, straight):
 script = '''
 import os, signal, sys, torch
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History
+from simclr_nb.training.history import HistoryCallback
 torch.set_num_threads(1)
-write_line = History.after_batch
+write_line = HistoryCallback.after_batch
 def dies(self):
     write_line(self)
     first = os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     if first and self.step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
-History.after_batch = dies
+HistoryCallback.after_batch = dies
 cli.main([*sys.argv[2:], '--overwrite'])
 '''
 
@@ -259,12 +259,12 @@ cli.main([*sys.argv[2:], '--overwrite'])
 slow_script = '''
 import sys, time, torch
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History
-write_line = History.after_batch
+from simclr_nb.training.history import HistoryCallback
+write_line = HistoryCallback.after_batch
 def slow(self):
     write_line(self)
     time.sleep(.5)
-History.after_batch = slow
+HistoryCallback.after_batch = slow
 cli.main(sys.argv[1:])
 '''
 
@@ -272,7 +272,8 @@ cli.main(sys.argv[1:])
 def torchrun(log, *args):
     "Two processes; what they say goes to a file."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *map(str, args)]
-    with open(log, 'w') as f: return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+    env = {**os.environ, forks.nested: '1'}                   # the processes that it starts are forked, too
+    with open(log, 'w') as f: return forks.Popen(command, env=env, stdout=f, stderr=subprocess.STDOUT)
 
 
 def test_torchrun_starts_the_group_again_where_it_was(images, place):

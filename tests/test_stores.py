@@ -1,14 +1,17 @@
 "The same pictures give the same views from a folder, shards, tables, a bucket and memory, and runs resume on them."
 import csv, io, os, pickle, tarfile
+from dataclasses import replace
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
+
+import forks
 
 from simclr_nb.commands import main as cli
 from simclr_nb.data import stores
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
-from simclr_nb.training.history import History, read_history
+from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.data.datasets import TwoCropDataset, train_loader
 from simclr_nb.data.sources import load_images
 from simclr_nb.features.extract import extract_features
@@ -187,7 +190,7 @@ class Silent:
 
 
 def test_a_store_that_stops_answering_ends_the_run_and_takes_no_other_picture(folder, monkeypatch):
-    monkeypatch.setattr(stores, 'pauses', (.01,))
+    monkeypatch.setattr('simclr_nb.data.files.pauses', (.01,))
     silent = Silent(folder, 5)
     files = load_images('memory://stores').files
     monkeypatch.setattr(type(files), 'read', lambda self, i: stores.answer(lambda: silent(i), self.address(i)))
@@ -217,25 +220,19 @@ def arguments(source, out, **more):
             *(str(w) for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v))]
 
 
-def a_run(source, out, kill_at=None, more={}):
+def a_run(source, out, kill_at=None, more=None):
     torch.set_num_threads(1)
     if kill_at:
-        write_line = History.after_batch
+        write_line = HistoryCallback.after_batch
         def deadly(self):
             write_line(self)
             if self.learn.step == kill_at: os.kill(os.getpid(), 9)
-        History.after_batch = deadly
-    cli.main(arguments(source, out, **more))
-
-
-def preloaded():
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume', 'simclr_nb.features.extract'])
-    return context
+        HistoryCallback.after_batch = deadly
+    cli.main(arguments(source, out, **(more or {})))
 
 
 def started(*args, **kwargs):
-    process = preloaded().Process(target=a_run, args=args, kwargs=kwargs)
+    process = forks.Process(target=a_run, args=args, kwargs=kwargs)
     process.start()
     process.join(240)
     return process.exitcode
@@ -250,6 +247,7 @@ def straight(place):
     return weights(place/'straight')
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('name', ['shards', 'parquet'])
 def test_killed_runs_over_shards_and_tables_end_with_the_weights_of_the_folder(place, sources, straight, name):
     out = place/f'run over {name}'
@@ -260,6 +258,7 @@ def test_killed_runs_over_shards_and_tables_end_with_the_weights_of_the_folder(p
     assert {*read_history(out/'history.csv')['step']} == {*range(1, 11)}
 
 
+@pytest.mark.process
 def test_groups_from_a_table_and_other_groups_are_refused(place, sources, straight):
     out = place/'grouped'
     assert started(sources['parquet'], out, more=dict(positives='patient')) == 0
@@ -274,9 +273,8 @@ def test_groups_from_a_table_and_other_groups_are_refused(place, sources, straig
 def test_second_views_come_from_the_group(place, sources):
     "Every picture of a group is one flat gray: the second view shows whose it is."
     grays = [np.full((40, 40, 3), 10*i, np.uint8) for i in range(12)]
-    images = array_images(grays)
-    images.groups = np.arange(12)//4
-    images.groups[-1] = 9                                                              # alone
+    groups = np.array([*np.arange(11)//4, 9])                                          # the last one alone
+    images = replace(array_images(grays), groups=groups)
     dataset = TwoCropDataset(images, Augmentation(32, RandomResizedCrop()))
     drawn = {i: [] for i in range(12)}
     for epoch in range(60):

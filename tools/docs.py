@@ -67,8 +67,8 @@ def definitions(entries):
     for name, link, file in symbols():
         page = link.split('#')[0]
         if name.startswith('_') or '.' in name or page not in titles: continue
-        section = f'defined in {titles[page]}'
-        yield dict(objectID=link, href=link, title=name, section=section, text=pages[file].get(name, '').replace('`', ''))
+        section, text = f'defined in {titles[page]}', pages[file].get(name, '').replace('`', '')
+        yield dict(objectID=link, href=link, title=name, section=section, text=text)
 
 def local(text):
     "A style sheet without the fonts it would fetch from another host; the next font in its list is taken."
@@ -142,7 +142,8 @@ def raw_tex(site):
         text = page.read_text(encoding='utf-8')
         text = re.sub(r'<(pre|code|script|style|svg|math|title)\b.*?</\1>', ' ', text, flags=re.S)
         text = html.unescape(re.sub(r'<[^>]+>', ' ', text))
-        for match in re.finditer(r'.{0,30}(?:\$|\\[a-zA-Z]+|```).{0,30}', text): yield f'{page.relative_to(site)}: {match[0].strip()}'
+        for match in re.finditer(r'.{0,30}(?:\$|\\[a-zA-Z]+|```).{0,30}', text):
+            yield f'{page.relative_to(site)}: {match[0].strip()}'
 
 def bare_fences(source):
     "The line numbers of the fences that open a block of code without saying in which language."
@@ -177,7 +178,8 @@ def problems():
     "Everything that is wrong with the site and the notebooks, by kind."
     notebooks = [file for file in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in file.parts]
     return {'Broken links': list(broken(site)), 'Fetched from another host': list(fetched(site)),
-            'Formulas left as TeX': list(raw_tex(site)), 'Untidy notebooks': [line for file in notebooks for line in untidy(file)]}
+            'Formulas left as TeX': list(raw_tex(site)),
+            'Untidy notebooks': [line for file in notebooks for line in untidy(file)]}
 
 if __name__ == '__main__':
     os.chdir(root)

@@ -15,7 +15,8 @@ def shown(cell):
     flags = dict((line[2:].strip() + ': true').split(': ')[:2] for line in lines if line.startswith('#|'))
     if 'hide' in flags or flags.get('include') == 'false': return None
     cell.source = '\n'.join(line for line in lines if not line.startswith('#|'))
-    cell.metadata = {'alt': flags.get('fig-alt', 'figure').strip('"'), 'transient': {'remove_source': flags.get('echo') == 'false'}}
+    cell.metadata = {'alt': flags.get('fig-alt', 'figure').strip('"'),
+                     'transient': {'remove_source': flags.get('echo') == 'false'}}
     if flags.get('output') == 'false': cell.outputs = []
     return cell
 
@@ -38,7 +39,8 @@ if __name__ == '__main__':
     stale = {path for path, data in files.items() if not path.exists() or path.read_bytes() != data}
     stale |= set((root/'nbs/images').glob('readme_*')) - set(files)
     if sys.argv[1:] == ['--check']:
-        for path in sorted(stale): print(f'{path.relative_to(root)} is not what nbs/index.ipynb makes: run `make readme`')
+        for path in sorted(stale):
+            print(f'{path.relative_to(root)} is not what nbs/index.ipynb makes: run `make readme`')
         sys.exit(bool(stale))
     for path in stale:
         path.parent.mkdir(exist_ok=True)

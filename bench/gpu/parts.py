@@ -1,8 +1,9 @@
 "What run.sh runs: each part in its own process, with its own time limit and log; one JSON and one table of it all."
 import argparse, datetime, json, os, platform, re, signal, subprocess, sys, time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 root = Path(__file__).resolve().parents[2]
 SECONDS = 525       # for all parts together
