@@ -147,3 +147,14 @@ def _peak_activations(model, n, size, dtype):
     paper = _on_paper(model, dtype)
     once, twice = (_step_on_paper(paper, k, size, dtype)[1] for k in (n, 2*n))
     return twice - once
+
+# %% ../../nbs/training/08_memory.ipynb #85ea27b7
+def safe_layout(
+    net:nn.Module,
+    layout=torch.channels_last, # the one that is wanted
+): # torch.channels_last or torch.contiguous_format
+    "The layout of memory, contiguous for a network that channels_last would break on a CPU."
+    def thin(m):
+        strided = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1
+        return strided and m.in_channels < 16
+    return torch.contiguous_format if any(map(thin, net.modules())) else layout
