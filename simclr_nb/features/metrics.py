@@ -288,8 +288,8 @@ def bootstrap_interval(
     values = []
     for _ in range(samples):
         i = np.concatenate([rng.choice(own, len(own)) for own in alike])
-        truth, said = y[i], predictions[i]
-        if y.ndim == 2: truth, said = truth[:, truth.any(0)], said[:, truth.any(0)]
-        values.append(metric(truth, said))
+        truth, guess = y[i], predictions[i]
+        if y.ndim == 2: truth, guess = truth[:, truth.any(0)], guess[:, truth.any(0)]
+        values.append(metric(truth, guess))
     low, high = np.quantile(values, [(1 - level)/2, (1 + level)/2])
     return float(low), float(high)
