@@ -583,6 +583,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'simclr_nb.data.sets.ImageSet.__len__': ('data/sets.html#imageset.__len__', 'simclr_nb/data/sets.py'),
                                      'simclr_nb.data.sets.ImageSet.__post_init__': ( 'data/sets.html#imageset.__post_init__',
                                                                                      'simclr_nb/data/sets.py'),
+                                     'simclr_nb.data.sets.ImageSet.__repr__': ( 'data/sets.html#imageset.__repr__',
+                                                                                'simclr_nb/data/sets.py'),
                                      'simclr_nb.data.sets.ImageSet.joined': ('data/sets.html#imageset.joined', 'simclr_nb/data/sets.py'),
                                      'simclr_nb.data.sets.ImageSet.subset': ('data/sets.html#imageset.subset', 'simclr_nb/data/sets.py'),
                                      'simclr_nb.data.sets.ImageSet.with_positives': ( 'data/sets.html#imageset.with_positives',

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..encoder import channels_of
-from ..core import atomic_write, eval_mode, listing, need, save_tensors, write_json
-from ..encoder import encoder_config, encoder_info, load_encoder, save_encoder
+from ..core import atomic_write, eval_mode, listing, need, save_tensors, unwrap, write_json
+from ..encoder import Encoder, encoder_config, load_encoder, save_encoder
 from .official import load_official
 
 # %% ../../nbs/weights/04_export.ipynb #322a1640
@@ -39,12 +39,13 @@ def _torchvision_name(key):
 
 # %% ../../nbs/weights/04_export.ipynb #f6a396bf
 def torchvision_state(
-    encoder:nn.Module, # from `resnet`: 50, 101 or 152 at width 1 with the ImageNet stem
+    encoder:Encoder, # from `resnet`: 50, 101 or 152 at width 1 with the ImageNet stem
     classifier:nn.Linear|None=None, # becomes `fc`
 )->dict: # tensors by the names of torchvision's and timm's ResNet of that depth
     "Our weights under the names of torchvision and timm."
-    info = encoder_info(encoder)
-    _check_fits(info.get('arch'), info.get('stem'))
+    encoder = unwrap(encoder)
+    config = encoder.config if isinstance(encoder, Encoder) else {}
+    _check_fits(config.get('arch'), config.get('stem'))
     state = {_torchvision_name(k): t for k, t in encoder.state_dict().items()}
     if classifier is not None: state |= {f'fc.{k}': t for k, t in classifier.state_dict().items()}
     return state
@@ -66,8 +67,8 @@ def _staged(folder):
 # %% ../../nbs/weights/04_export.ipynb #c571d0d7
 def _image_size(encoder):
     "The side of the images, in pixels, that an encoder is described to take."
-    info = encoder_info(encoder)
-    if 'size' in info: return info['size']
+    encoder = unwrap(encoder)
+    if isinstance(encoder, Encoder): return encoder.config['size']
     raise ValueError(f'nothing says which size of image this {type(encoder).__name__} takes: '
                      'get the encoder from build_encoder(module, size), load_encoder or load_official')
 
@@ -141,7 +142,7 @@ def _card(config):
 
 # %% ../../nbs/weights/04_export.ipynb #2d982cdc
 def write_hub(
-    encoder:nn.Module, # that `encoder_info` knows, as from `build_encoder`, `load_encoder` or `load_official`
+    encoder:Encoder, # from `build_encoder`, `load_encoder` or `load_official`
     folder:str|Path, # made where it is not
     **facts, # for the description: source, license
 )->Path: # folder

@@ -15,7 +15,7 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from ..core import BadCheckpoint, listing, pixels, to_rgb
-from ..encoder import encoder_info, resnet, set_encoder_info
+from ..encoder import Encoder, resnet
 from ..projection import projection_head
 from .bundle import data_files, read_index, read_tensor
 
@@ -117,7 +117,7 @@ def empty_network(
     "A network of the file's shape, without weights."
     with torch.device('meta'):
         encoder = _encoder(entries)
-        d = encoder_info(encoder)['feature_dim']
+        d = encoder.num_features
         parts, head = dict(encoder=encoder), _head(entries, d)
         if head is not None: parts['head'] = head
         if not _deep(entries) and any(n.startswith('head_supervised/') for n in entries):
@@ -163,7 +163,7 @@ def check_tensors(
              'not float32': {n for n in used & there if entries[n].dtype != 1}}
     problems = [f'{len(ns)} {what}: {listing(ns)}.' for what, ns in wrong.items() if ns]
     if problems:
-        arch = encoder_info(net['encoder'])['arch']
+        arch = net['encoder'].config['arch']
         raise BadCheckpoint(f'the checkpoint does not fit {arch}. ' + ' '.join(problems))
 
 # %% ../../nbs/weights/03_official.ipynb #cf71e44e
@@ -203,7 +203,7 @@ def _fill(net, names, entries, files):
 # %% ../../nbs/weights/03_official.ipynb #1d9214a2
 class Official(NamedTuple):
     "What an official checkpoint holds."
-    encoder:nn.Module # (B, 3, H, W) in [0, 1] to h (B, d)
+    encoder:Encoder # (B, 3, H, W) in [0, 1] to h (B, d)
     head:nn.Module|None # h to z; None where the file has none, as in the published v1 files
     classifier:nn.Module|None # h to logits; None where the file has none, or a head of 3 layers or more
     bookkeeping:list # names that were not used: momentum, steps, the classifier beside a head of 3 layers or more
@@ -221,7 +221,7 @@ def load_official(
     check_tensors(net, names, entries)
     _fill(net, names, entries, files)
     source = f'{Path(prefix).name}, a checkpoint of google-research/simclr'
-    set_encoder_info(net['encoder'], preprocess='official', source=source)
+    net['encoder'].config |= dict(preprocess='official', source=source)
     parts = [net[k] if k in net else None for k in ('encoder', 'head', 'classifier')]
     return Official(*parts, _bookkeeping(entries, {*names.values()}))
 
@@ -300,7 +300,7 @@ class OfficialEval:
 
 # %% ../../nbs/weights/03_official.ipynb #3c2f9bc4
 def preprocess(
-    name:str='official', # what `encoder_info(encoder)['preprocess']` says
+    name:str='official', # what `encoder.config['preprocess']` says
     size:int=224, # side of the result; 32 and less means that images are taken as they are
 )->OfficialEval: # image to Tensor
     "How to prepare an image for an encoder."
