@@ -259,7 +259,8 @@ class LogisticClassifier(ClassifierMixin, BaseEstimator):
     """Logistic regression whose L2 penalty, and the scale of the features, are chosen on a part of the training images;
     a classifier of scikit-learn. Features may be tensors, on any device.
 
-    The penalty `l2` is λ of the mean loss; scikit-learn's C of n images is 1/(n·λ): C grows where λ falls.
+    The penalty `l2` is λ of the mean loss; scikit-learn's C of n images is 1/(n·λ), with two classes 2/(n·λ): C grows
+    where λ falls.
     Once fitted: `classes_` (C,); `coef_` (C, d) and `intercept_` (C,), tensors, one row for each class, also of two;
     `l2_`, the chosen penalty; `l2_tried_` (S,), those it was chosen from, ascending; `validation_` (S,), what the
     metric reached with each; `at_edge_`, whether a better penalty may lie beyond them; `each_alone_`, whether each
