@@ -259,13 +259,13 @@ class SimCLRLearner(ViewsLearner):
     def to_fp16(self, **kwargs): return self.add_cb(PrecisionCallback('fp16', **kwargs))
     def validate(self, *args, **kwargs):
         raise ValueError('there is nothing to validate: the loss measures the pretext task on training images. '
-                         'Evaluate learn.encoder, with simclr_nb.evaluation.linear.compare for example')
+                         'Evaluate learn.encoder, with simclr_nb.evaluation.protocols.evaluate for example')
     def export(self, *args, **kwargs):
         raise ValueError('a pickled Learner would hold the loaders and their augmentations: '
                          'save what was learned with learn.save_encoder(path)')
     def freeze(self, *args, **kwargs):
-        raise ValueError('the parameter groups are those of the optimizer, not the layers of the network: to keep layers '
-                         'as they are, call requires_grad_(False) on them before the learner is made')
+        raise ValueError('the parameter groups are those of the optimizer, not the layers of the network: to keep '
+                         'layers as they are, call requires_grad_(False) on them before the learner is made')
 
 # %% ../nbs/07_learner.ipynb #e8f0ff9b
 optimizers = {
@@ -311,7 +311,8 @@ def optimizer_options(optimizer:str, kwargs:dict)->dict: # for fastai's `Learner
     "The optimizer of a name, unless the caller brings a function of his own."
     if optimizer not in optimizers:
         raise ValueError(f'unknown optimizer {optimizer!r}; there are {", ".join(optimizers)}')
-    return kwargs if 'opt_func' in kwargs else kwargs | dict(opt_func=optimizers[optimizer], splitter=splitters[optimizer])
+    if 'opt_func' in kwargs: return kwargs
+    return kwargs | dict(opt_func=optimizers[optimizer], splitter=splitters[optimizer])
 
 def check_pairs(augment:Augmentation):
     "An error for an augmentation that does not make pairs."
@@ -365,8 +366,8 @@ def simclr_learner(
     memory_format = to_layout(model, arch, memory_format)
     dls = make_dls(images, augment, seed, num_workers, cache_mb, batch_size)
     metrics = ContrastiveMetricsCallback(temperature)
-    learn = contrastive_learner(dls, model, loss, metrics.metrics(), [ViewsCallback(augment, seed, memory_format), metrics,
-        *doctor_cbs(arch, weights)], **optimization)
+    own_cbs = [ViewsCallback(augment, seed, memory_format), metrics, *doctor_cbs(arch, weights)]
+    learn = contrastive_learner(dls, model, loss, metrics.metrics(), own_cbs, **optimization)
     learn.optimizer = None if 'opt_func' in kwargs else optimizer
     keep_batch_size(learn, data, batch_size)
     return learn

@@ -196,7 +196,8 @@ def _both_views(z1, z2, gather):
     "z1 as it is, or the rows of z1 and then those of z2; an error in every process where the two do not fit."
     if z2 is None: return z1
     if not isinstance(z2, Tensor):
-        raise TypeError(f'z2 holds the second views, a tensor; got {z2!r}. Give the temperature by name: temperature=…')
+        raise TypeError(f'z2 holds the second views, a tensor; got {z2!r}. '
+                        'A temperature is given by name: temperature=…')
     if z1.ndim == 2 and z1.shape == z2.shape: return torch.cat([z1, z2])
     if gather:
         with suppress(ValueError): gather(z1.new_zeros(1, 1))         # one row is an error to all who gather, too

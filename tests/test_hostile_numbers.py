@@ -203,6 +203,7 @@ def test_a_missing_comment_is_seen():
     assert undocumented(f) == ['y', 'to g']
 
 
+@pytest.mark.process
 def test_imports_are_silent():
     code = 'import simclr_nb.all, timm, warnings; warnings.warn("IProgress not found. Please update jupyter")'
     done = subprocess.run([sys.executable, '-W', 'default', '-c', code], capture_output=True, text=True, cwd=root)

@@ -2,9 +2,10 @@
 import datetime, os, random
 from pathlib import Path
 
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import pytest, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import forks
 from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
@@ -43,10 +44,11 @@ def one_process(rank, world, folder, port):
     finally: dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_watchers_in_two_processes(tmp_path):
     "Under DistributedDataParallel training is untouched, and only the first process looks for neighbors."
     pictures(tmp_path, 8, 'png')
-    mp.start_processes(one_process, (2, str(tmp_path), free_port()), nprocs=2, start_method='spawn')
+    forks.together(one_process, 2, (2, str(tmp_path), free_port()), 120)
     first, second = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
     assert first['same'] and second['same']
     assert list(first['neighbors']) == [2, 3] and second['neighbors'] == {}

@@ -211,11 +211,11 @@ def make_online_eval(s:Pretrain, images)->list:
 def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:dict)->list:
     "What goes along with a run: checkpoints, history, evaluation, loggers."
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
-    checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
-        accept_changed_files=s.accept_changed_files)
+    checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same,
+        encoder_file=out/'encoder.safetensors', accept_changed_files=s.accept_changed_files)
     measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
-    return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
-            *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
+    return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'),
+            FreezeEncoderCallback(s.freeze_epochs), *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
 class EpochLinesCallback(Callback):
@@ -239,7 +239,8 @@ def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
     stack = ExitStack()
     if sys.stdout.isatty(): return stack
-    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLinesCallback()])): stack.enter_context(context)
+    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLinesCallback()])):
+        stack.enter_context(context)
     return stack
 
 # %% ../../nbs/commands/03_run.ipynb #ab7f0449

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from ..core import listing, shown
+from ..core import listing, plural, shown
 from .files import array_endings, find_parts, is_picture, open_image, picture_endings
 
 # %% ../../nbs/data/03_sets.ipynb #01ccdba3
@@ -113,7 +113,7 @@ def _joined_groups(a, b):
     return np.concatenate([first, second + (first.max(initial=-1) + 1)])
 
 # %% ../../nbs/data/03_sets.ipynb #71622568
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     "Pictures, opened one at a time, with integer labels where they are known."
     files:Files|list # paths, or `Files`
@@ -133,6 +133,9 @@ class ImageSet:
             raise ValueError(f'{len(files)} images take {len(files)} {name}, one each; got {len(values)}')
         for name, value in dict(files=files, columns=columns, **arrays).items(): object.__setattr__(self, name, value)
     def __len__(self): return len(self.files)
+    def __repr__(self):
+        labels = 'without labels' if self.labels is None else 'with labels'
+        return f'<{plural(len(self), "picture")} {labels if self.classes is None else f"of {len(self.classes)} classes"}>'
     def __getitem__(self, i):
         "Image i as RGB, for people."
         return open_image(self.files[i]) if self.depth is None else self.depth.picture(self.files[i])

@@ -38,18 +38,18 @@ _caltech = dict(train=dict(part='train'), test=dict(part='test'))               
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #546ea0a9
 transfer_sets = {
-    'Food': TransferSet('top-1', 'Food101', **_splits),
-    'CIFAR10': TransferSet('top-1', 'CIFAR10', **_cifar),
-    'CIFAR100': TransferSet('top-1', 'CIFAR100', **_cifar),
-    'Birdsnap': TransferSet('top-1'),
-    'SUN397': TransferSet('top-1', 'SUN397', **_sun),
-    'Cars': TransferSet('top-1', 'StanfordCars', **_splits),
-    'Aircraft': TransferSet('balanced accuracy', 'FGVCAircraft', **_with_val),
-    'VOC2007': TransferSet('11-point mAP', 'VOCDetection', **_voc),
-    'DTD': TransferSet('top-1', 'DTD', **_with_val),                                 # the first of ten partitions
-    'Pets': TransferSet('balanced accuracy', 'OxfordIIITPet', **_pets),
-    'Caltech-101': TransferSet('balanced accuracy', 'Caltech101', **_caltech),
-    'Flowers': TransferSet('balanced accuracy', 'Flowers102', **_with_val),
+    'Food': TransferSet('top1', 'Food101', **_splits),
+    'CIFAR10': TransferSet('top1', 'CIFAR10', **_cifar),
+    'CIFAR100': TransferSet('top1', 'CIFAR100', **_cifar),
+    'Birdsnap': TransferSet('top1'),
+    'SUN397': TransferSet('top1', 'SUN397', **_sun),
+    'Cars': TransferSet('top1', 'StanfordCars', **_splits),
+    'Aircraft': TransferSet('balanced_accuracy', 'FGVCAircraft', **_with_val),
+    'VOC2007': TransferSet('map11', 'VOCDetection', **_voc),
+    'DTD': TransferSet('top1', 'DTD', **_with_val),                                 # the first of ten partitions
+    'Pets': TransferSet('balanced_accuracy', 'OxfordIIITPet', **_pets),
+    'Caltech-101': TransferSet('balanced_accuracy', 'Caltech101', **_caltech),
+    'Flowers': TransferSet('balanced_accuracy', 'Flowers102', **_with_val),
 }
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #22e0dc22
@@ -121,7 +121,7 @@ def transfer_splits(
     t, root = transfer_sets[name], Path(root)
     own = root/name
     parts = part_folders(own) if own.is_dir() else {}
-    if 'test' in parts and t.metric != '11-point mAP': return _folder_splits(parts)       # a folder gives one label
+    if 'test' in parts and t.metric != 'map11': return _folder_splits(parts)       # a folder gives one label
     if t.kind is None:
         raise FileNotFoundError(f'torchvision does not know {name}: give it as a folder {own} with train and test '
                                 'below it, one subfolder for each class')

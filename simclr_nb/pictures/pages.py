@@ -81,7 +81,7 @@ def html_map(
     images, # n of them: an `ImageSet`, or a list of PIL images
     labels=None, # (n,) integers
     classes:list|None=None, # their names
-    neighbors=None, # (n, k) indices of each image's neighbors, from `nearest_to_each`
+    neighbors=None, # (n, k) indices of each image's neighbors, from a `NeighborIndex`
     title:str='A map of representations',
     side:int|None=None, # of the thumbnails, pixels, a multiple of 16; None: 64, above 2,000 images 48
 )->Path: # path

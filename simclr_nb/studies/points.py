@@ -14,23 +14,24 @@ import numpy as np, torch
 from fastai.torch_core import no_random
 from torch import nn
 from ..core import Variant, replace_modules, variant
-from ..augmentations import Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations, to_grayscale
+from ..augmentations import (
+    Augmentation, NoCrop, RandomResizedCrop, simclr_augmentations, to_grayscale)
 from ..operations import (
     RandomCutout, RandomNoise, RandomQuarterTurn, RandomSobel, broader_operations, gaussian_noise, sobel)
 from ..encoder import build_encoder
 from ..ntxent import nt_xent
 from ..losses import margin_triplet, nt_logistic
-from ..data.sources import train_test_splits
 from ..data.sets import ImageSet
+from ..data.sources import train_test_splits
+from ..features.extract import extract_features
+from ..features.logistic import LogisticClassifier
+from ..features.metrics import accuracy
+from ..features.neighbors import NeighborClassifier
+from ..features.spectrum import effective_rank
 from ..learner import ViewsLoss, optimizers, simclr_learner
 from ..evaluation.classifier import supervised_learner
-from ..features.extract import extract_features
-from ..features.metrics import accuracy
-from ..features.neighbors import knn_predict
-from ..features.spectrum import effective_rank
 from ..evaluation.linear import transformation_probe
-from ..features.logistic import logistic_regression
-from .grids import Training, scales
+from .grids import Training
 
 # %% ../../nbs/studies/02_points.ipynb #66f51a65
 def build_augmentation(t:Training)->Augmentation:
@@ -125,10 +126,10 @@ def measure(
     banks, queries = (extract_features(networks, s, t.size, num_workers=num_workers)[0] for s in sets)
     for name, bank in banks.items():
         of = '' if name == 'h' else f' of {name}'
-        linear = logistic_regression(bank, labeled.labels).predict(queries[name])
-        neighbors = knn_predict(bank, labeled.labels, queries[name])
-        found[f'linear{of}'] = 100*accuracy(test.labels, linear)
-        found[f'neighbors{of}'] = 100*accuracy(test.labels, neighbors)
+        linear = LogisticClassifier().fit(bank, labeled.labels).predict(queries[name])
+        neighbors = NeighborClassifier().fit(bank, labeled.labels).predict(queries[name])
+        found[f'linear{of}'] = accuracy(test.labels, linear)
+        found[f'neighbors{of}'] = accuracy(test.labels, neighbors)
         found[f'rank of {name}'] = effective_rank(bank)
     return found
 

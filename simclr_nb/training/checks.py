@@ -14,8 +14,9 @@ from fastai.callback.core import Callback
 from torch import Tensor
 from ..core import DelayedValue, get_rank
 from ..ntxent import contrastive_metrics
-from ..features.spectrum import variances
-from .callbacks import FreezeEncoderCallback, StepScheduleCallback, find_callback, need_callback
+from ..features.spectrum import entropy_rank, variances
+from .callbacks import (
+    FreezeEncoderCallback, StepScheduleCallback, find_callback, need_callback)
 from .history import ContrastiveMetricsCallback
 
 # %% ../../nbs/training/06_checks.ipynb #021ad26b
@@ -67,8 +68,7 @@ def z_directions(
     rows:int=1024, # to look at, at most
 )->float: # 1 to D; 0 where all rows are equal
     "In how many directions z, scaled to length 1, varies: exponential of the entropy of the shares of the variance."
-    v = variances(F.normalize(z[:rows].detach().float(), dim=1))
-    return float(torch.special.entr(v/v.sum()).sum().exp()) if v.sum() > 0 else 0.
+    return entropy_rank(variances(F.normalize(z[:rows].detach().float(), dim=1)))
 
 # %% ../../nbs/training/06_checks.ipynb #7f697d15
 def first_step_advice(
@@ -170,7 +170,8 @@ class DoctorCallback(Callback):
         if wait.total < self.patience or wait.share <= self.most_waiting: return
         workers = getattr(self.dls.train, 'num_workers', 0)
         self.say({'waiting': f'{wait.share:.0%} of the time this run waits for data, and more than '
-            f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; now {workers}), '
+            f'{self.most_waiting:.0%} is too much: decode in more processes (num_workers, --num-workers; '
+            f'now {workers}), '
             'or keep decoded images in memory (cache, --cache)'})
     def after_epoch(self):
         self.look_at_first()

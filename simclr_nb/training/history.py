@@ -111,7 +111,8 @@ class HistoryCallback(Callback):
         loss, norm, accuracy, entropy, align, uniform = numbers.tolist()        # all that is asked of the device
         now, images = time.perf_counter(), self.timed*self.batch_size
         self.write(loss=loss, contrastive_accuracy=accuracy, contrastive_entropy=entropy, alignment=align,
-            uniformity=uniform, lr=self.opt.hypers[-1]['lr'], grad_norm=norm, images_per_second=images/(now - self.since))
+            uniformity=uniform, lr=self.opt.hypers[-1]['lr'], grad_norm=norm,
+            images_per_second=images/(now - self.since))
         self.sums, self.count = torch.zeros_like(self.sums), 0
         self.since, self.timed = now, 0
     def write(self, **values):
