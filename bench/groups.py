@@ -29,18 +29,15 @@ def photographed(images, times):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         taken = [np.asarray(camera(images[i])) for i in range(len(images)) for _ in range(times)]
-    found = array_images(taken)
-    found.labels, found.classes = np.repeat(images.labels, times), images.classes
-    return found
+    return array_images(taken, np.repeat(images.labels, times), images.classes)
 
 def grouped(images, way):
     "The same pictures, each with the number of its group."
     if way == 'none': return images
     order = np.random.default_rng(0).permutation(len(images)) if way == 'chance' else np.arange(len(images))
-    images = images.subset(range(len(images)))
-    images.groups = np.empty(len(images), int)
-    images.groups[order] = np.arange(len(images))//sides
-    return images
+    groups = np.empty(len(images), int)
+    groups[order] = np.arange(len(images))//sides
+    return replace(images, groups=groups)
 
 def run(way, t):
     "Percent of the test pictures."

@@ -8,7 +8,7 @@ PML_N = 128
 
 def ours(torch, tau):
     from simclr_nb.ntxent import nt_xent
-    return lambda z: nt_xent(z, tau)
+    return lambda z: nt_xent(z, temperature=tau)
 
 
 def plain(torch, tau):

@@ -18,7 +18,7 @@ import cv2, numpy as np, torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
-from simclr_nb.augmentations import ColorDistortion, RandomBlur, keyed_rng, make_views, simclr_augmentations
+from simclr_nb.augmentations import ColorDistortion, RandomBlur, keyed_rng, simclr_augmentations
 from simclr_nb.data.datasets import TwoCropDataset
 from simclr_nb.data.sources import load_images
 from simclr_nb.data.sets import ImageSet
@@ -54,13 +54,13 @@ def small(size): return size <= 32
 
 
 def ours(files, augment, batch_size, device, cache=0):
-    data = TwoCropDataset(ImageSet(files), augment, cache=cache)
+    data = TwoCropDataset(ImageSet(files), augment, cache_mb=cache)
     apply = apply_cpu if device == 'cpu' else None
     def run():
         for i in range(0, len(files), batch_size):
             crops, params, *_ = zip(*[data[0, k] for k in range(i, min(i + batch_size, len(files)))])
             crops, params = torch.stack(crops).to(device), torch.from_numpy(np.stack(params)).to(device)
-            views = make_views(augment, crops, params, apply)
+            views = augment.views(crops, params, apply)
         return views
     return run
 

@@ -13,7 +13,7 @@ warnings.simplefilter('ignore')
 
 import cv2, numpy as np, torch, torch.distributed as dist, torch.multiprocessing as mp
 from pipeline import sample_images
-from simclr_nb.augmentations import make_views, simclr_augmentations
+from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data.datasets import TwoCropDataset
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import gather_rows, global_batch_norm
@@ -66,7 +66,7 @@ def tasks(a, n, rank, world_size, folder):
     def views():
         items = [pairs[0, (rank*n + i) % len(pairs)] for i in range(n)]
         crops, params, *_ = default_collate(items)
-        return make_views(augment, crops, params)
+        return augment.views(crops, params)
 
     def loss(gather):
         rows = z.clone().requires_grad_()

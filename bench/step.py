@@ -15,7 +15,6 @@ warnings.simplefilter('ignore')
 
 import numpy as np, torch, torch.distributed as dist
 from loss import missing
-from simclr_nb.augmentations import make_views
 from simclr_nb.data.sources import augmentations_for
 from simclr_nb.encoder import build_encoder, feature_dim
 from simclr_nb.lars import LARS
@@ -109,11 +108,11 @@ def trainer(variant, a, n):
         marks('start')
         crops, params = (t.to(a.device, non_blocking=True) for t in batch)
         marks('copy')
-        views = make_views(augment, crops, params, apply).contiguous(memory_format=layout)
+        views = augment.views(crops, params, apply).contiguous(memory_format=layout)
         marks('augmentation')
         with torch.autocast(a.device.split(':')[0], torch.bfloat16, enabled='bf16' in has): h, z = model(views)
         marks('forward')
-        loss = nt_xent(z, a.temperature)
+        loss = nt_xent(z, temperature=a.temperature)
         marks('loss')
         loss.backward()
         marks('backward')

@@ -157,7 +157,7 @@ def train_bare(args, images, encoder, head, looks):
     for epoch in range(max(args.lengths)):
         for _ in range(len(images)//args.batch_size):
             optimizer.zero_grad()
-            nt_xent(model(x), args.temperature).backward()
+            nt_xent(model(x), temperature=args.temperature).backward()
             optimizer.step()
         looks(epoch + 1, time.perf_counter() - began)
     return dict(drop=len(images) % args.batch_size)

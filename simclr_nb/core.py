@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'save_tensors', 'BadCheckpoint', 'to_rgb', 'pixels', 'eval_mode', 'unwrap',
-           'checkpointed', 'get_world_size', 'get_rank', 'Late']
+           'checkpointed', 'get_world_size', 'get_rank', 'DelayedValue']
 
 # %% ../nbs/00a_core.ipynb #5c595801
-import hashlib, json, os
+import hashlib, importlib, json, os
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist
@@ -167,6 +168,18 @@ def digest(
     for part in parts: d.update(part)
     return d.hexdigest()
 
+# %% ../nbs/00a_core.ipynb #64635888
+def need(
+    module:str, # as `import` takes it
+    extra:str, # of simclr_nb, which installs it
+    what:str|None=None, # that needs the module, for the error; None: its name
+): # the module
+    "Import a module that is installed only with an extra; `ImportError`, with the command that installs it, without."
+    try: return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if not e.name or e.name.split('.')[0] != module.split('.')[0]: raise     # it is there, what it needs is not
+        raise ImportError(f"{what or module} needs another package: pip install 'simclr_nb[{extra}]'") from e
+
 # %% ../nbs/00a_core.ipynb #8dd05ae4
 def to_rgb(
     im:Image.Image, # of any mode
@@ -259,6 +272,52 @@ def unwrap(
         net = net.module if isinstance(net, wrappers) else net._orig_mod
     return net
 
+# %% ../nbs/00a_core.ipynb #96feb61e
+class Variant:
+    "Base of classes with a `forward` that goes in front of a module's own; the mixtures can be copied and pickled."
+    def __reduce_ex__(self, protocol): return _blank, type(self).__bases__, self.__getstate__()
+
+@cache
+def variant_class(
+    kind:type, # a subclass of `Variant`
+    base:type, # a class of modules
+)->type:
+    "The modules of a class with another `forward`."
+    return type(kind.__name__ + base.__name__, (kind, base), {})
+
+def _blank(kind, base): return object.__new__(variant_class(kind, base))
+
+def _as_class(module, cls):
+    new = object.__new__(cls)
+    new.__setstate__(module.__getstate__())
+    return new
+
+def variant(
+    module:nn.Module, # stays as it is
+    kind:type, # a subclass of `Variant`
+)->nn.Module: # with the same parameters, buffers, children and hooks
+    "A module with another `forward`."
+    return _as_class(module, variant_class(kind, type(module)))
+
+def without_variant(module:nn.Module)->nn.Module:
+    "The module that `variant` was made from, or one like it; a module that is no variant is given back."
+    if not isinstance(module, Variant): return module
+    return _as_class(module, next(c for c in type(module).__mro__ if not issubclass(c, Variant)))
+
+# %% ../nbs/00a_core.ipynb #6936ba6f
+def replace_modules(
+    model:nn.Module, # its children are replaced in place, as by PyTorch's `convert_sync_batchnorm`
+    new, # a function of a module: what takes its place, or the module itself
+)->nn.Module: # the model; or what takes its place
+    "Put other modules in the places of some; one that stands in two places is replaced by one."
+    places = list(model.named_modules(remove_duplicate=False))
+    instead = {module: new(module) for _, module in places}
+    for name, module in places:
+        if name and instead[module] is not module:
+            parent, _, own = name.rpartition('.')
+            setattr(model.get_submodule(parent), own, instead[module])
+    return instead[model]
+
 # %% ../nbs/00a_core.ipynb #6ce153de
 @contextmanager
 def _held_statistics(model):
@@ -290,11 +349,6 @@ def get_rank()->int:
     "The number of this process in its group; 0 where there is no group."
     return dist.get_rank() if get_world_size() > 1 else 0
 
-# %% ../nbs/00a_core.ipynb #67ab820f
-def printable(name)->str:
-    "A name of a file or of a class for people; bytes that are not UTF-8 as \\xe9."
-    return os.fsencode(str(name)).decode('utf-8', 'backslashreplace')
-
 # %% ../nbs/00a_core.ipynb #98f1ef35
 def _table_line(cells, width, left):
     first, *rest = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, width)))
@@ -312,7 +366,7 @@ def markdown_table(
     return '\n'.join([lines[0], f'|{"|".join(rule)}|', *lines[1:]])
 
 # %% ../nbs/00a_core.ipynb #699832bb
-class Late:
+class DelayedValue:
     "A value on its way from its device to the CPU."
     def __init__(self): self.value = self.arrived = None
     def put(self, x:torch.Tensor):

@@ -52,29 +52,35 @@ def param_groups(
     return [g for g in groups if g['params']]
 
 # %% ../nbs/05_lars.ipynb #8ed53f68
-def _add(to, g, trust, rate):
-    "to ← to + rate · trust · g, for lists of tensors; `trust` None: 1."
-    if trust is None: torch._foreach_add_(to, g, alpha=rate)
-    else: torch._foreach_addcmul_(to, g, trust, value=rate)
+def _add(to, grads, trust, rate):
+    "to ← to + rate · trust · grads, for lists of tensors; `trust` None: 1."
+    if trust is None: torch._foreach_add_(to, grads, alpha=rate)
+    else: torch._foreach_addcmul_(to, grads, trust, value=rate)
 
-def _update(ps, g, vs, o, adapt):
-    "One step of tensors of one kind; `g` are their gradients, `vs` their momenta, `o` the options of their group."
+def _update(
+    params, # tensors of one kind
+    grads, # of the loss with respect to them
+    momenta, # one for each; changed in place, as the parameters are
+    options, # of their group
+    adapt, # are they decayed and adapted?
+):
+    "One step of LARS."
     trust = None
     if adapt:
-        g = torch._foreach_add(g, ps, alpha=o['weight_decay'])
-        norms = [torch.stack(torch._foreach_norm(x)) for x in (ps, g)]
-        trust = trust_ratio(*norms, o['trust_coefficient']).unbind()
-    torch._foreach_mul_(vs, o['momentum'])
-    _add(vs, g, trust, o['lr'])
-    torch._foreach_sub_(ps, vs, alpha=o['momentum'] if o['nesterov'] else 1)
-    if o['nesterov']: _add(ps, g, trust, -o['lr'])
+        grads = torch._foreach_add(grads, params, alpha=options['weight_decay'])
+        norms = [torch.stack(torch._foreach_norm(x)) for x in (params, grads)]
+        trust = trust_ratio(*norms, options['trust_coefficient']).unbind()
+    torch._foreach_mul_(momenta, options['momentum'])
+    _add(momenta, grads, trust, options['lr'])
+    torch._foreach_sub_(params, momenta, alpha=options['momentum'] if options['nesterov'] else 1)
+    if options['nesterov']: _add(params, grads, trust, -options['lr'])
 
-def _update_half(ps, g, vs, o, adapt):
+def _update_half(params, grads, momenta, options, adapt):
     "The same in single precision, and back to half."
-    wide = [[t.float() for t in tensors] for tensors in (ps, g, vs)]
-    _update(*wide, o, adapt)
-    torch._foreach_copy_(ps, wide[0])
-    torch._foreach_copy_(vs, wide[2])
+    wide = [[t.float() for t in tensors] for tensors in (params, grads, momenta)]
+    _update(*wide, options, adapt)
+    torch._foreach_copy_(params, wide[0])
+    torch._foreach_copy_(momenta, wide[2])
 
 # %% ../nbs/05_lars.ipynb #2de64a4f
 def _buckets(ps):
@@ -87,25 +93,26 @@ def _buckets(ps):
     return buckets.values()
 
 # %% ../nbs/05_lars.ipynb #5ddf3101
-def _todo(groups):
+def _buckets_of(groups):
     "What one step has to do: lists of tensors, each with its options and whether it is adapted."
-    with_grad = [(o, [p for p in o['params'] if p.grad is not None]) for o in groups]
-    for p in (p for _,ps in with_grad for p in ps):
+    with_grad = [(options, [p for p in options['params'] if p.grad is not None]) for options in groups]
+    for p in (p for _, params in with_grad for p in params):
         if p.grad.is_sparse:
             raise RuntimeError(f'LARS takes dense gradients only; the one of shape {tuple(p.shape)} is sparse')
-    return [(bucket, o, adapt) for o,ps in with_grad for adapt in (True, False)
-            for bucket in _buckets(p for p in ps if is_adapted(p, o['adapt']) == adapt)]
+    return [(bucket, options, adapt) for options, params in with_grad for adapt in (True, False)
+            for bucket in _buckets(p for p in params if is_adapted(p, options['adapt']) == adapt)]
 
 def _momentum(p, state):
     if 'momentum_buffer' not in state: state['momentum_buffer'] = torch.zeros_like(p)
     return state['momentum_buffer']
 
 # %% ../nbs/05_lars.ipynb #9cbd5920
-def _check_options(o, known):
+def _check_options(options, known):
     for k in ('lr', 'momentum', 'weight_decay', 'trust_coefficient'):
-        if not 0 <= o[k] < math.inf: raise ValueError(f'LARS: {k} must be 0 or more and finite, got {o[k]}')
+        if not 0 <= options[k] < math.inf:
+            raise ValueError(f'LARS: {k} must be 0 or more and finite, got {options[k]}')
     labels = {'params', 'param_names', 'name', 'initial_lr'}        # PyTorch's, and its schedulers'
-    unknown = sorted(set(o) - set(known) - labels)
+    unknown = sorted(set(options) - set(known) - labels)
     if unknown:
         raise ValueError(f'LARS: a group has no option {", ".join(unknown)}; there are {", ".join(known)}')
 
@@ -133,9 +140,9 @@ class LARS(torch.optim.Optimizer):
     ): # what closure returns
         "One update of every parameter that has a gradient."
         with torch.enable_grad(): loss = closure() if closure else None
-        for ps, o, adapt in _todo(self.param_groups):
-            update = _update_half if ps[0].itemsize < 4 else _update
-            update(ps, [p.grad for p in ps], [_momentum(p, self.state[p]) for p in ps], o, adapt)
+        for params, options, adapt in _buckets_of(self.param_groups):
+            update, grads = _update_half if params[0].itemsize < 4 else _update, [p.grad for p in params]
+            update(params, grads, [_momentum(p, self.state[p]) for p in params], options, adapt)
         return loss
     def __setstate__(self, state):
         "Only the state of a LARS fits: that of another optimizer lacks options."

@@ -12,7 +12,7 @@ import math
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .augmentations import (
-    Augmentation, RandomTransform, check_images, keyed_rng, per_image, simclr_augmentations, to_grayscale)
+    Augmentation, RandomTransform, Stream, check_images, keyed_rng, per_image, simclr_augmentations, to_grayscale)
 
 # %% ../nbs/01a_operations.ipynb #a6a7dbd9
 def rotate(
@@ -53,7 +53,7 @@ def gaussian_noise(
 )->Tensor: # not clipped
     "Add Gaussian noise that depends on the seed alone; drawn on the CPU, so that every device gets the same."
     seeds = torch.as_tensor(seed).reshape(-1).expand(len(x)).tolist()
-    rngs = [keyed_rng(int(s), view=2**32 + 2) for s in seeds]               # no view's stream
+    rngs = [keyed_rng(int(s), view=Stream.NOISE) for s in seeds]
     noise = np.stack([rng.standard_normal(x.shape[1:]) for rng in rngs])
     return x + per_image(sigma, x)*torch.as_tensor(noise, dtype=x.dtype, device=x.device)
 
@@ -139,6 +139,7 @@ class RandomNoise(RandomTransform):
 # %% ../nbs/01a_operations.ipynb #e8926120
 class RandomSobel(RandomTransform):
     "Keeps the edges only."
+    needs_rgb = True
     def apply(self, x, params): return sobel(x)
 
 class RandomSolarize(RandomTransform):
@@ -147,6 +148,7 @@ class RandomSolarize(RandomTransform):
 
 class RandomEqualize(RandomTransform):
     "Spreads the histogram."
+    needs_rgb = True
     def apply(self, x, params): return equalize(x)
 
 class RandomMotionBlur(RandomTransform):
@@ -161,6 +163,7 @@ class RandomMotionBlur(RandomTransform):
 # %% ../nbs/01a_operations.ipynb #5e626a0b
 class AutoAugment(RandomTransform):
     "torchvision's AutoAugment, keyed; on 256 levels, without gradient."
+    needs_rgb = True
     def __init__(self,
         policy:str='imagenet', # or 'cifar10', 'svhn'
         p:float=1.,

@@ -19,20 +19,20 @@ def no_gradient_through_the_gather():
 
 
 def gradients_are_summed():
-    from simclr_nb.training import loaders
-    class Summing(loaders.DistributedDataParallel):
+    from simclr_nb.training import callbacks
+    class Summing(callbacks.DistributedDataParallel):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.register_comm_hook(None, summed)
     def summed(state, bucket):
         sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return sent.then(lambda done: done.value()[0])
-    loaders.DistributedDataParallel = Summing
+    callbacks.DistributedDataParallel = Summing
 
 
 def batch_norm_of_each_process():
-    from simclr_nb.training import loaders
-    loaders.global_batch_norm = lambda model: model
+    from simclr_nb.training import callbacks
+    callbacks.global_batch_norm = lambda model: model
 
 
 faults = dict(negatives=no_negatives_of_others, gather=no_gradient_through_the_gather, sum=gradients_are_summed,

@@ -43,7 +43,7 @@ def without_files(dataset):
 
 def test_crops_are_the_same_with_a_cache(tmp_path):
     images = ImageSet(made(tmp_path))
-    kept, plain = TwoCropDataset(images, augment, cache=1), TwoCropDataset(images, augment)
+    kept, plain = TwoCropDataset(images, augment, cache_mb=1), TwoCropDataset(images, augment)
     assert all(same(a, b) for a, b in zip(items(kept), items(plain), strict=True))
     assert all(without_files(kept)) and not any(without_files(plain))
 
@@ -51,31 +51,31 @@ def test_a_jpeg_that_may_be_decoded_at_reduced_size_is_not_kept(tmp_path):
     "Its crops would be others."
     images = ImageSet([*made(tmp_path, 3), tmp_path/'large.jpg', tmp_path/'large.png'])
     for file in images.files[3:]: Image.open(images.files[0]).resize((90, 72), Image.BICUBIC).save(file)
-    kept, plain = TwoCropDataset(images, augment, cache=1), TwoCropDataset(images, augment)
+    kept, plain = TwoCropDataset(images, augment, cache_mb=1), TwoCropDataset(images, augment)
     assert all(same(a, b) for a, b in zip(items(kept, range(20)), items(plain, range(20)), strict=True))
     assert without_files(kept) == [True]*3 + [False, True]
 
 def test_what_does_not_fit_is_read_anew(tmp_path):
     images = ImageSet(made(tmp_path, sides=((40, 60), (70, 70))))
     room = 12*3*40*60/2**20
-    kept, plain = TwoCropDataset(images, augment, cache=room), TwoCropDataset(images, augment)
+    kept, plain = TwoCropDataset(images, augment, cache_mb=room), TwoCropDataset(images, augment)
     assert all(same(a, b) for a, b in zip(items(kept), items(plain), strict=True))
     assert without_files(kept) == [True, False]*6
     assert kept.cache.pixels.nbytes <= room*2**20
 
 def test_no_more_memory_is_taken_than_the_images_need(tmp_path):
-    kept = TwoCropDataset(ImageSet(made(tmp_path)), augment, cache=1000)
+    kept = TwoCropDataset(ImageSet(made(tmp_path)), augment, cache_mb=1000)
     assert kept.cache.pixels.nbytes == 12*3*70*70
 
 def test_a_cache_too_small_for_any_image_is_an_error(tmp_path):
     with pytest.raises(ValueError, match='12 images .* 7200 and more: choose 1 MB'):
-        TwoCropDataset(ImageSet(made(tmp_path)), augment, cache=.01)
+        TwoCropDataset(ImageSet(made(tmp_path)), augment, cache_mb=.01)
 
 def test_unreadable_files_are_still_left_out(tmp_path):
     files = made(tmp_path)
     (tmp_path/'broken.png').write_text('no picture')
     images = ImageSet([tmp_path/'broken.png', *files])
-    kept, plain = TwoCropDataset(images, augment, cache=1), TwoCropDataset(images, augment)
+    kept, plain = TwoCropDataset(images, augment, cache_mb=1), TwoCropDataset(images, augment)
     assert all(same(a, b) for a, b in zip(items(kept), items(plain), strict=True))
     assert kept.unreadable_files() == [tmp_path/'broken.png']
 
@@ -90,7 +90,7 @@ def test_workers_fill_one_cache(tmp_path, method):
     if method not in torch.multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
     before = torch.multiprocessing.get_start_method(allow_none=True)
     torch.multiprocessing.set_start_method(method, force=True)
-    try: loader, got = batches(images, num_workers=2, cache=1)
+    try: loader, got = batches(images, num_workers=2, cache_mb=1)
     finally: torch.multiprocessing.set_start_method(before, force=True)
     assert all(without_files(loader.dataset))
     for a, b in zip(got, batches(images, num_workers=0)[1], strict=True):
@@ -101,7 +101,7 @@ def test_a_learner_takes_the_same_steps_with_a_cache(tmp_path):
     from simclr_nb.learner import simclr_learner
     losses, images = [], ImageSet(made(tmp_path))
     for cache in (0, 1):
-        learn = simclr_learner(images, 'resnet18_0.125x', augment=augment, num_workers=0, cache=cache)
+        learn = simclr_learner(images, 'resnet18_0.125x', augment=augment, num_workers=0, cache_mb=cache)
         with learn.no_bar(), learn.no_logging(): learn.pretrain(2, 4, lr=.1)
         losses.append([float(loss) for loss in learn.recorder.losses])
         kept = learn.dls.train.dataset.cache

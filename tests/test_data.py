@@ -434,7 +434,7 @@ def test_pictures_of_phones(tmp_path):
 import json, sys
 from pathlib import Path
 import numpy as np
-from simclr_nb.data.datasets import folder_images
+from simclr_nb.data.sets import folder_images
 from simclr_nb.data.files import BadImage
 from simclr_nb.data.stores import tar_images
 folder = Path(sys.argv[1])

@@ -5,9 +5,9 @@ import cv2, numpy as np, pytest, torch
 from PIL import Image, ImageOps
 
 from simclr_nb.commands import main as cli
-from simclr_nb.augmentations import Augmentation, RandomResizedCrop, make_views, simclr_augmentations
+from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
 from simclr_nb.data.datasets import EvalDataset, TwoCropDataset
-from simclr_nb.data.channels import augmentation_for_channels, read_array
+from simclr_nb.data.channels import augmentation_for_channels, read_array, with_channels
 from simclr_nb.encoder import encoder_info, load_encoder
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import BadImage
@@ -70,7 +70,7 @@ def test_features_differ_where_images_differ_below_8_bits(tmp_path):
     for name, im in (('a', x), ('b', y)): tifffile.imwrite(tmp_path/f'{name}.tif', im[..., 0])
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten())
     images = folder_images(tmp_path)
-    a, b = extract_features(net, images.with_channels(1, 0, 65_535), 32, num_workers=0)[0]
+    a, b = extract_features(net, with_channels(images, 1, 0, 65_535), 32, num_workers=0)[0]
     assert (a != b).any()
     a, b = extract_features(net, images, 32, num_workers=0)[0]      # as RGB of 8 bits they are one picture
     assert torch.equal(a, b)
@@ -79,7 +79,7 @@ def test_features_differ_where_images_differ_below_8_bits(tmp_path):
 def test_eight_bit_rgb_read_as_it_is_agrees_with_the_usual_way(tmp_path):
     for i in range(4): Image.fromarray(smooth(i, 3, 255).astype(np.uint8)).save(tmp_path/f'{i}.png')
     images = folder_images(tmp_path)
-    deep = images.with_channels(3)
+    deep = with_channels(images, 3)
     assert deep.depth.low == [0]*3 and deep.depth.high == [255]*3
     augment = Augmentation(32, RandomResizedCrop())
     for i in range(4):
@@ -96,10 +96,10 @@ def test_gray_views_are_those_of_gray_rgb():
             warnings.simplefilter('ignore')
             one = augmentation_for_channels(simclr_augmentations(24, implementation=colors), 1)
         params = torch.stack([torch.from_numpy(one.draw_views((0, 0, i), 24, 24)[1]) for i in range(6)])
-        gray = make_views(one, crops, params)
-        three = make_views(one, crops.expand(-1, -1, 3, -1, -1), params)
+        gray = one.views(crops, params)
+        three = one.views(crops.expand(-1, -1, 3, -1, -1), params)
         torch.testing.assert_close(gray.expand(-1, 3, -1, -1), three, atol=5e-4, rtol=0)    # luma sums to .9999
-        torch.testing.assert_close(make_views(one, crops, params, apply_cpu), gray)
+        torch.testing.assert_close(one.views(crops, params, apply_cpu), gray)
         assert (gray != crops.transpose(0, 1).flatten(0, 1)).any()
 
 
@@ -107,7 +107,7 @@ def test_what_needs_rgb_is_left_out_and_named():
     with pytest.warns(UserWarning, match='left out.*RandomEqualize, RandomGrayscale, RandomSobel, hue, saturation'):
         one = augmentation_for_channels(broader_augmentations(32), 4)
     params = torch.from_numpy(np.stack([one.draw_views((0, e, 0), 40, 40)[1] for e in range(50)]))
-    views = make_views(one, torch.rand(50, 2, 4, 32, 32), params)
+    views = one.views(torch.rand(50, 2, 4, 32, 32), params)
     assert views.shape == (100, 4, 32, 32) and views.min() >= 0 and views.max() <= 1
 
 
@@ -120,7 +120,7 @@ def test_what_needs_rgb_is_left_out_and_named():
 def test_what_does_not_fit_is_named_and_left_out(tmp_path, name, make, why):
     for i in range(3): tifffile.imwrite(tmp_path/f'{i}.tif', smooth(i, 1, 4000)[..., 0].astype(np.uint16))
     make(tmp_path/name)
-    images = ImageSet([*sorted(tmp_path.glob('?.tif')), tmp_path/name]).with_channels(1, 0, 4000)
+    images = with_channels(ImageSet([*sorted(tmp_path.glob('?.tif')), tmp_path/name]), 1, 0, 4000)
     with pytest.raises(BadImage, match=why) as e: images.depth.read(tmp_path/name)
     assert name in str(e.value)
     dataset = TwoCropDataset(images, Augmentation(32, RandomResizedCrop()))
@@ -171,7 +171,7 @@ def test_dicom(tmp_path):
         got = read_array(tmp_path/f'{kind}.dcm')[..., 0]
         shown = x.astype(float) if kind == 'MONOCHROME2' else 4095. - x          # whatever this picture's brightest is
         np.testing.assert_array_equal(got, 2*shown - 1000)
-    assert folder_images(tmp_path).with_channels(1).depth.channels == 1
+    assert with_channels(folder_images(tmp_path), 1).depth.channels == 1
     assert pydicom.__version__
 
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import forks
 from conftest import free_port
-from simclr_nb.training.online import OnlineEval
+from simclr_nb.training.online import OnlineEvalCallback
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.training.memory import checkpoint_activations
@@ -400,7 +400,7 @@ def slow_evaluation(rank, world, folder):
     "The first process takes twice as long to evaluate as a collective may wait."
     dist.init_process_group('gloo', store=dist.FileStore(f'{folder}/store', world), rank=rank, world_size=world,
                             timeout=datetime.timedelta(seconds=PATIENCE))
-    evaluation = OnlineEval(lambda encoder: time.sleep(2*PATIENCE) or 50., every=1)
+    evaluation = OnlineEvalCallback(lambda encoder: time.sleep(2*PATIENCE) or 50., every=1)
     evaluation.learn = SimpleNamespace(epochs_completed=lambda: 1, epoch=0, n_epoch=1, model=nn.Module())
     evaluation.model.encoder = None
     dist.barrier()

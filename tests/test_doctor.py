@@ -11,16 +11,16 @@ from torch import nn
 import forks
 
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.training.callbacks import FreezeEncoder
-from simclr_nb.training.history import History, read_history
-from simclr_nb.features.copies import check_images
+from simclr_nb.training.callbacks import FreezeEncoderCallback
+from simclr_nb.training.history import HistoryCallback, read_history
+from simclr_nb.features.copies import image_advice
 from simclr_nb.data.sources import augmentations_for
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.training.checks import plan_advice
 from simclr_nb.learner import simclr_learner
 from simclr_nb.features.spectrum import alpha_req, lidar, rankme
-from simclr_nb.training.online import OnlineMeasures, view_features
-from simclr_nb.training.resume import Checkpoints
+from simclr_nb.training.online import OnlineMeasuresCallback, view_features
+from simclr_nb.training.resume import CheckpointsCallback
 
 
 # The measures, against their formulas
@@ -219,7 +219,7 @@ def test_the_search_for_a_rate_hears_nothing(many):
         learn.lr_find(num_it=30, show_plot=False)
 
 def test_frozen_epochs_are_not_compared(images):
-    learn, said = run(images, 24, cbs=[FreezeEncoder(12)])
+    learn, said = run(images, 24, cbs=[FreezeEncoderCallback(12)])
     assert said == [] and learn.doctor.entries[0][0] == 80
 
 class Stop(Callback):
@@ -229,7 +229,7 @@ class Stop(Callback):
         if self.epochs_completed() == self.after: raise SystemExit
 
 def test_a_run_that_goes_on_is_told_once(tmp_path, many):
-    def watched(*more): return [Checkpoints(tmp_path/'c'), *more]
+    def watched(*more): return [CheckpointsCallback(tmp_path/'c'), *more]
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match='this run has 96 steps'):
         with warnings.catch_warnings(): run(many, 6, 64, cbs=watched(Stop(4)))
     learn, said = run_on(many, watched())
@@ -253,8 +253,8 @@ def test_the_doctor_changes_nothing(images):
 # The measures in the history
 
 def test_measures_are_written_and_untouched_by_training(images, tmp_path):
-    file, watch = tmp_path/'history.csv', OnlineMeasures(every=2, images=40, views=4)
-    learn, _ = run(images, 3, cbs=[History(file), watch])
+    file, watch = tmp_path/'history.csv', OnlineMeasuresCallback(every=2, images=40, views=4)
+    learn, _ = run(images, 3, cbs=[HistoryCallback(file), watch])
     plain, _ = run(images, 3)
     assert all(map(torch.equal, learn.model.state_dict().values(), plain.model.state_dict().values()))
     history = read_history(file)
@@ -291,12 +291,12 @@ old_columns = ('step,epoch,loss,contrastive_accuracy,contrastive_entropy,alignme
 
 def test_a_history_of_before_goes_on(images, tmp_path):
     file = tmp_path/'history.csv'
-    with pytest.raises(SystemExit): run(images, 6, cbs=[Checkpoints(tmp_path/'c'), History(file), Stop(3)])
+    with pytest.raises(SystemExit): run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)])
     whole = file.read_text().splitlines()
     cut = [','.join(line.split(',')[:12]) for line in whole]
     assert cut[0] == old_columns and len(cut) == 16
     file.write_text('\n'.join([*cut[:-1], cut[-1][:40]]) + '\n')                     # the last line broke off
-    run(images, 6, cbs=[Checkpoints(tmp_path/'c'), History(file), OnlineMeasures(every=6, images=20, views=2)])
+    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), OnlineMeasuresCallback(every=6, images=20, views=2)])
     history = read_history(file)
     assert history['step'].tolist() == [*range(1, 15), *range(16, 31), 30]
     assert file.read_text().splitlines()[1:15] == whole[1:15] and np.isfinite(history['rankme'][-1])
@@ -306,14 +306,14 @@ def test_a_history_of_before_goes_on(images, tmp_path):
 
 def test_copies_and_unreadable_files(tmp_path):
     healthy = textures(tmp_path/'healthy', 60)
-    assert check_images(healthy) == {}
+    assert image_advice(healthy) == {}
     copies = textures(tmp_path/'copies', 60)
     for i in range(4): healthy[i].save(tmp_path/f'copies/{i:04}-again.bmp')
     sick = ImageSet(sorted((tmp_path/'copies').iterdir()))
-    said = check_images(sick)
+    said = image_advice(sick)
     assert list(said) == ['copies'] and '8 of 64 images' in said['copies'] and '0000-again.bmp' in said['copies']
     copies.files[50].write_text('no image')
-    assert '1 of 60 files looked at cannot be read' in check_images(copies)['unreadable']
+    assert '1 of 60 files looked at cannot be read' in image_advice(copies)['unreadable']
 
 def pretrain(folder, out, *more):
     options = ('--arch resnet18_0.125x --size 16 --batch-size 16 --epochs 2 --lr 0.1 --num-workers 0 '

@@ -35,7 +35,7 @@ def test_a_batch_that_is_nearly_solved_keeps_its_digits(n, tau):
         g = torch.Generator().manual_seed(n)
         image = torch.randn(n, 64, generator=g)
         z = torch.cat([image + scale*torch.randn(image.shape, generator=g) for _ in range(2)]).requires_grad_()
-        loss, truth = nt_xent(z, tau), exact(z, tau)
+        loss, truth = nt_xent(z, temperature=tau), exact(z, tau)
         assert loss.item() >= 0
         torch.testing.assert_close(loss.double(), truth, rtol=3e-5, atol=1e-7)
         (a,), (b,) = torch.autograd.grad(loss, z), torch.autograd.grad(truth, z)
@@ -46,7 +46,7 @@ def test_a_learned_temperature_gets_its_gradient():
     z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     for start in (.2, .01):
         tau = torch.tensor(start, requires_grad=True)
-        found, = torch.autograd.grad(nt_xent(z, tau), tau)
+        found, = torch.autograd.grad(nt_xent(z, temperature=tau), tau)
         expected, = torch.autograd.grad(exact(z, tau.double()), tau)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -56,7 +56,7 @@ def test_a_learned_temperature_gets_its_gradient():
     (torch.ones(4, 0), .1, r'\(4, 0\)'), (torch.eye(4), math.inf, 'above 0 and finite'),
     (torch.eye(4), math.nan, 'above 0 and finite'), (torch.eye(4), 1e-40, 'temperature of 1e-40 overflow')])
 def test_what_is_no_batch_or_no_temperature_is_told(z, tau, words):
-    with pytest.raises(ValueError, match=words): nt_xent(z, tau)
+    with pytest.raises(ValueError, match=words): nt_xent(z, temperature=tau)
 
 
 def test_compile_and_func_take_the_loss():

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 import forks
-from simclr_nb.features.neighbors import nearest_to_each
+from simclr_nb.features.neighbors import NeighborIndex
 from simclr_nb.pictures.pages import html_map
 from simclr_nb.pictures.plots import plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
 
@@ -23,7 +23,7 @@ def page(tmp_path_factory):
     xy = torch.stack([angle.cos(), angle.sin()], 1)
     grays = [Image.new('RGB', (20, 30), (i*255//299,)*3) for i in range(300)]
     path = tmp_path_factory.mktemp('map')/'map.html'
-    near = nearest_to_each(xy, 4)
+    near = NeighborIndex(xy).search_each(4)[1]
     return html_map(path, xy, grays, np.arange(300) % 3, evil, near, title='Grays & <i>angles</i>')
 
 def data_of(text): return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
@@ -158,7 +158,7 @@ def test_a_map_of_nan_is_refused():
     for method in ('tsne', 'pca'):
         with pytest.raises(ValueError, match='1 of 20 rows of features are not finite .*, the first is row 7'):
             project_2d(h, method)
-    with pytest.raises(ValueError, match='not finite'): nearest_to_each(h)
+    with pytest.raises(ValueError, match='not finite'): NeighborIndex(h).search_each()
 
 def test_names_that_are_not_utf8_are_drawn(tmp_path):
     "Python holds a byte that is not UTF-8 as a lone surrogate, which no font and no encoder takes."
@@ -168,4 +168,4 @@ def test_names_that_are_not_utf8_are_drawn(tmp_path):
     save_figure(plot_label_fractions({'caf\udce9': {.1: (50., 1.)}}), tmp_path/'fractions.png')
     images = [Image.new('RGB', (8, 8))]*6
     page = html_map(tmp_path/'map.html', xy, images, y, names, title='caf\udce9').read_bytes().decode()
-    assert r'caf\\xe9' in page
+    assert r'caf\\udce9' in page

@@ -9,7 +9,7 @@ import forks
 from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from simclr_nb.training.online import OnlineEval, OnlineProbe
+from simclr_nb.training.online import OnlineEvalCallback, OnlineProbeCallback
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.features.neighbors import knn_evaluator
 from simclr_nb.learner import simclr_learner
@@ -21,7 +21,7 @@ def pretrained(folder, watch, rank=0, world=1):
     images = ImageSet(sorted(Path(folder).rglob('*.png')), [k for k in range(3) for _ in range(8)], list(HUES))
     learn = simclr_learner(images, 'resnet18_0.25x', augment=AUGMENT, num_workers=0)
     if world > 1: learn.model = DistributedDataParallel(learn.model)
-    cbs = [OnlineProbe(), OnlineEval(knn_evaluator(images, 32, k=5, num_workers=0), every=2)] if watch else []
+    cbs = [OnlineProbeCallback(), OnlineEvalCallback(knn_evaluator(images, 32, k=5, num_workers=0), every=2)] if watch else []
     torch.manual_seed(1)
     random.seed(1)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, lr=.1, cbs=cbs)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import forks
 
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History, read_history
+from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.training.resume import load_state
 
 pytestmark = pytest.mark.process
@@ -64,7 +64,7 @@ def filling_at(call):
 
 def slow_steps(seconds):
     "History.after_batch after which there is time to send a signal, however busy the machine is."
-    write_line = History.after_batch
+    write_line = HistoryCallback.after_batch
     def slow(self):
         write_line(self)
         time.sleep(seconds)
@@ -78,7 +78,7 @@ def a_run(images, out, how, changes, seen):
     sys.stdout = sys.stderr = open(seen, 'a', buffering=1)
     if how.get('kill_write'): os.fsync = killing_in(how['kill_write'])
     if how.get('full'): os.fsync = filling_at(how['full'])
-    if how.get('slow'): History.after_batch = slow_steps(how['slow'])
+    if how.get('slow'): HistoryCallback.after_batch = slow_steps(how['slow'])
     cli.main(arguments(images, out, **changes))
 
 
@@ -244,14 +244,14 @@ def test_sigterm_saves_and_leaves(processes, images, place, straight):
 script = '''
 import os, signal, sys, torch
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History
+from simclr_nb.training.history import HistoryCallback
 torch.set_num_threads(1)
-write_line = History.after_batch
+write_line = HistoryCallback.after_batch
 def dies(self):
     write_line(self)
     first = os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     if first and self.step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
-History.after_batch = dies
+HistoryCallback.after_batch = dies
 cli.main([*sys.argv[2:], '--overwrite'])
 '''
 
@@ -259,12 +259,12 @@ cli.main([*sys.argv[2:], '--overwrite'])
 slow_script = '''
 import sys, time, torch
 from simclr_nb.commands import main as cli
-from simclr_nb.training.history import History
-write_line = History.after_batch
+from simclr_nb.training.history import HistoryCallback
+write_line = HistoryCallback.after_batch
 def slow(self):
     write_line(self)
     time.sleep(.5)
-History.after_batch = slow
+HistoryCallback.after_batch = slow
 cli.main(sys.argv[1:])
 '''
 

@@ -9,9 +9,9 @@ from PIL import Image
 import forks, pretend
 from conftest import free_port
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, RandomTransform, simclr_augmentations
-from simclr_nb.training.checks import SanityChecks
-from simclr_nb.training.history import History
-from simclr_nb.training.online import OnlineProbe
+from simclr_nb.training.callbacks import SanityChecksCallback
+from simclr_nb.training.history import HistoryCallback
+from simclr_nb.training.online import OnlineProbeCallback
 from simclr_nb.core import send
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import any_rank, gather_rows, host_or
@@ -20,8 +20,8 @@ from simclr_nb.evaluation.classifier import supervised_learner
 from simclr_nb.ntxent import nt_xent
 from simclr_nb.operations import broader_augmentations
 from simclr_nb.data.sources import solar_augmentations
-from simclr_nb.training.resume import Checkpoints, saved_states
-from simclr_nb.core import Late
+from simclr_nb.training.resume import CheckpointsCallback, saved_states
+from simclr_nb.core import DelayedValue
 
 pretend.register()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -76,13 +76,13 @@ def test_the_progress_bar_waits_for_nothing(images, capsys): assert waits(learne
 
 def test_checkpoints_and_probe_wait_for_nothing(images, tmp_path):
     learn = learner(images)
-    learn.add_cbs([Checkpoints(tmp_path, save_every=1000), OnlineProbe()])
+    learn.add_cbs([CheckpointsCallback(tmp_path, save_every=1000), OnlineProbeCallback()])
     with learn.no_bar(): assert waits(learn) == []
 
 
 def test_a_line_of_history_is_one_question(images, tmp_path):
     learn = learner(images)
-    learn.add_cbs([History(tmp_path/'history.csv')])
+    learn.add_cbs([HistoryCallback(tmp_path/'history.csv')])
     with learn.no_bar(): found = waits(learn)
     assert len(found) == 1 and 'write_means' in found[0][1]
 
@@ -163,8 +163,8 @@ def finite(state): return all(v.isfinite().all() for v in state['model'].values(
 
 def spoiled(images, folder, late, at):
     learn = learner(images)
-    learn.remove_cb(SanityChecks)
-    learn.add_cbs([SanityChecks(late), Spoils(at), Checkpoints(folder, save_every=1)])
+    learn.remove_cb(SanityChecksCallback)
+    learn.add_cbs([SanityChecksCallback(late), Spoils(at), CheckpointsCallback(folder, save_every=1)])
     with learn.no_bar(), learn.no_logging(), pytest.raises(FloatingPointError) as error: learn.pretrain(2, 8, lr=.1)
     return learn, str(error.value)
 
@@ -194,14 +194,14 @@ def test_the_loss_looks_at_itself_on_a_cpu_or_when_told():
         with pytest.raises(ValueError, match='not finite'): nt_xent(there, check=True)
         mode.waits.clear()
         z, tau = torch.rand(8, 4), torch.tensor(.1)
-        learned = nt_xent(z.to('pretend', non_blocking=True), tau.to('pretend', non_blocking=True))
+        learned = nt_xent(z.to('pretend', non_blocking=True), temperature=tau.to('pretend', non_blocking=True))
         assert mode.waits == []
-    assert loss.inner.isnan() and torch.isclose(learned.inner, nt_xent(z, tau))
+    assert loss.inner.isnan() and torch.isclose(learned.inner, nt_xent(z, temperature=tau))
 
 
 def test_late_reads_what_was_sent():
     with pretend.Pretend() as mode:
-        late, x = Late(), torch.ones(2).to('pretend', non_blocking=True)
+        late, x = DelayedValue(), torch.ones(2).to('pretend', non_blocking=True)
         late.put(x.sum())
         got = late.get()
         assert got.device.type == 'cpu' and got == 2 and late.get() is None and mode.waits == []

@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from PIL import Image
 
-from simclr_nb.augmentations import crop_views, make_views, simclr_augmentations
+from simclr_nb.augmentations import crop_views, simclr_augmentations
 from simclr_nb.data.datasets import train_loader
 from simclr_nb.data.sets import folder_images
 from simclr_nb.operations import broader_augmentations
@@ -32,7 +32,7 @@ def views_of(images, augment, epoch=0, batch_size=8, num_workers=0, backwards=Fa
     last = IMAGES//batch_size - 1
     if backwards: sampler.batch = lambda step: type(sampler).batch(sampler, last - step)[::-1]
     for crops, params, idxs in loader:
-        views = make_views(augment, crops, params, apply_cpu)
+        views = augment.views(crops, params, apply_cpu)
         got |= {int(i): views[[k, k + len(idxs)]] for k, i in enumerate(idxs)}
     return got
 

@@ -57,7 +57,7 @@ def runs(digits, weights, tmp_path_factory):
 def neighbors(run, data, out):
     works(simclr('evaluate', run, data, '--protocol', 'knn', '--seeds', 0, '--num-workers', 0, '--out', out))
     scores = read_json(out/'report.json')['scores']
-    return {s['encoder']: s['balanced accuracy']['mean'] for s in scores}
+    return {s['encoder']: s['balanced_accuracy']['mean'] for s in scores}
 
 
 def test_weights_raise_the_accuracy_of_the_start_and_of_the_result(digits, runs, tmp_path):

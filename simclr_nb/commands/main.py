@@ -109,26 +109,19 @@ def evaluate(s:Evaluate):
     "The command `simclr evaluate`."
     check_settings(s)
     if len(s.encoders_data) < 2: raise ValueError('give an encoder or several runs, and last the labeled images')
-    from simclr_nb.data.sources import train_test_splits
-    from simclr_nb.evaluation.candidates import read_as
-    from simclr_nb.evaluation.classifier import check_labels
-    from simclr_nb.evaluation.protocols import run_protocols
-    from simclr_nb.evaluation.candidates import check_repetitions, evaluation_folder, find_encoder
+    from simclr_nb.evaluation import protocols
+    from simclr_nb.evaluation.candidates import evaluation_folder, find_encoder
     from simclr_nb.training.folder import read_json
-    from simclr_nb.commands.report import as_markdown, make_suite, remarks, report_facts, where_to_look, write_report
-    began, found = time.perf_counter(), [find_encoder(name) for name in s.encoders]
-    check_repetitions(found)
-    out = evaluation_folder(s.out, found, s.data)
+    from simclr_nb.commands.report import remarks, report_facts, where_to_look, write_report
+    began, encoders = time.perf_counter(), [find_encoder(name) for name in s.encoders]
+    out = evaluation_folder(s.out, encoders, s.data)
     read_json(out/'report.json')                               # if it is damaged, this is an error now
-    train, test = (read_as(images, found[0].encoder) for images in train_test_splits(s.data))
-    check_labels(train, test)
-    suite = make_suite(found, train, test, s)
-    rows, skipped = run_protocols(suite, s.protocol, s.label_fractions, s.seeds)
-    reasons = '; '.join(f'{what}: {why}' for what, why in skipped.items())
-    if not rows: raise ValueError(f'no protocol could be run: {reasons}')
-    facts = report_facts(suite, found, rows, skipped, s)
-    write_report(out, facts, rows, suite, found[0].run)
-    print('', as_markdown(facts['scores'], facts['paper']), '', *remarks(facts), sep='\n')
+    settings = protocols.EvalSettings(protocols=s.protocol, label_fractions=s.label_fractions, seeds=s.seeds, k=s.k,
+        rates=s.rates, linear_epochs=s.linear_epochs, finetune_epochs=s.finetune_epochs, num_workers=s.num_workers)
+    found = protocols.evaluate(encoders, s.data, settings, s.baselines, s.layer, s.crop)
+    facts = report_facts(found, s)
+    write_report(out, facts, found)
+    print('', protocols.scores_table(facts['scores'], facts['paper']), '', *remarks(facts), sep='\n')
     print(f'report: {out/"report.json"} and report.md; {time.perf_counter() - began:.0f} s')
     print(*where_to_look(out/'figures'), sep='\n')
 

@@ -4,43 +4,41 @@
 
 # %% auto #0
 __all__ = ['view_size', 'run_images', 'launched', 'check_machine', 'dry_run_facts', 'make_learner', 'run_config',
-           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLines', 'progress', 'train',
-           'keep_start', 'pretrain_run', 'runs_table']
+           'tensorboard_logger', 'make_logger', 'make_online_eval', 'make_callbacks', 'EpochLinesCallback', 'progress',
+           'train', 'keep_start', 'pretrain_run', 'runs_table']
 
 # %% ../../nbs/commands/03_run.ipynb #a23cc265
 import os, platform, signal, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import fastai, numpy as np, torch
 from fastai.callback.core import Callback
-from fastai.torch_core import default_device, no_random
-from .. import __version__
-from ..core import get_rank, markdown_table, shown
-from ..encoder import (
-    adapt_channels, build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info)
-from ..projection import SimCLR, projection_head
+from fastai.torch_core import default_device
+from ..core import get_rank, markdown_table, need, shown
+from ..encoder import encoder_info, load_encoder, save_encoder, set_encoder_info
 from ..lars import schedule_plan
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
 from ..weights.files import pretrained, save_head
 from ..weights.official import load_official
+from ..data.channels import with_channels
 from ..data.datasets import check_batch
 from ..data.sources import augmentations_for, load_images, presets
 from ..features.copies import look_at_images
 from ..features.neighbors import knn_evaluator
 from ..pictures.plots import plot_history, save_figure
-from ..training.callbacks import FreezeEncoder
-from ..training.checks import Doctor
-from ..training.folder import finish, held_folder, read_json, run_folder, settle
-from ..training.history import History, read_history
-from ..training.memory import bytes_per_step, checkpoint_activations, memory_per_device
-from ..training.online import OnlineEval, OnlineMeasures
-from ..training.resume import Checkpoints, saved_states
-from ..learner import simclr_learner
+from ..training.callbacks import FreezeEncoderCallback
+from ..training.checks import DoctorCallback
+from ..training.folder import drop_or_restore, finish, held_folder, read_json, run_folder
+from ..training.history import HistoryCallback, read_history
+from ..training.memory import bytes_per_step, memory_per_device
+from ..training.online import OnlineEvalCallback, OnlineMeasuresCallback
+from ..training.resume import CheckpointsCallback, saved_states
+from ..learner import build_model, simclr_learner
 from .options import two_numbers
 from .pretrain import Pretrain
+from .. import __version__
 
 # %% ../../nbs/commands/03_run.ipynb #a2f274c8
 def view_size(s:Pretrain)->int:
@@ -51,7 +49,7 @@ def view_size(s:Pretrain)->int:
 def run_images(s:Pretrain):
     "The images to train on."
     images = load_images(s.source)
-    if s.channels: images = images.with_channels(s.channels, *two_numbers('--value-range', s.value_range))
+    if s.channels: images = with_channels(images, s.channels, *two_numbers('--value-range', s.value_range))
     return images.with_positives(s.positives) if s.positives else images
 
 def launched()->int:
@@ -80,8 +78,7 @@ def check_machine(s:Pretrain):
     if s.batch_size % n:
         raise ValueError(f'{n} processes cannot share a batch of {s.batch_size} images: '
                          f'choose --batch-size among the multiples of {n}')
-    if s.log and not find_spec(s.log):
-        raise ImportError(f"--log {s.log} needs another package: pip install 'simclr_nb[log]'")
+    if s.log: need(s.log, 'log', f'--log {s.log}')
     if s.log == 'wandb': check_wandb()
 
 # %% ../../nbs/commands/03_run.ipynb #bdacbf48
@@ -93,15 +90,6 @@ def start_of(s:Pretrain, out:Path|None=None): # settings, `size` is set; folder 
     if s.weights.startswith('official:'): encoder = load_official(s.weights.removeprefix('official:')).encoder
     else: encoder = pretrained(s.weights, s.arch, s.size)
     return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
-
-def build_model(s:Pretrain)->SimCLR:
-    "Encoder and head of some settings, as a run begins."
-    with no_random(s.seed):
-        encoder = build_encoder(start_of(s), s.size, s.stem)
-        if s.channels: adapt_channels(encoder, s.channels)
-        head = projection_head(encoder_info(encoder)['feature_dim'], s.head, s.projection_dim)
-    if s.grad_checkpoint: checkpoint_activations(encoder)
-    return SimCLR(encoder, head)
 
 # %% ../../nbs/commands/03_run.ipynb #35a64c2c
 dtypes = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -123,7 +111,8 @@ def dry_run_facts(
                          f'choose --batch-size among the multiples of {s.processes}')
     images, processes = s.images or len(run_images(s)), s.processes or launched()
     plan = schedule_plan(images, s.batch_size, s.epochs, s.lr, s.lr_scaling, s.warmup_epochs)
-    model = build_model(s)
+    model = build_model(start_of(s), s.size, stem=s.stem, channels=s.channels, head=s.head,
+        projection_dim=s.projection_dim, grad_checkpoint=s.grad_checkpoint, seed=s.seed)
     held, sent = bytes_needed(s, model, processes)
     return {
         'images': f'{images:,}',
@@ -148,14 +137,14 @@ def make_learner(
     augment = augmentations_for(s.augment or s.source, s.size)
     learn = simclr_learner(images, start_of(s, out), stem=s.stem, augment=augment, head=s.head,
         projection_dim=s.projection_dim, temperature=s.temperature, optimizer=s.optimizer, seed=s.seed,
-        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache=s.cache,
+        num_workers=s.num_workers, micro_batch=s.micro_batch, grad_checkpoint=s.grad_checkpoint, cache_mb=s.cache,
         memory_format=getattr(torch, s.memory_format))
     if s.precision == 'bf16': learn.to_bf16()
     if s.precision == 'fp16': learn.to_fp16()
     if s.compile:
         learn.encoder.compile(mode=s.compile_mode)
         learn.views.compiled = True
-    if s.no_doctor: learn.remove_cb(Doctor)
+    if s.no_doctor: learn.remove_cb(DoctorCallback)
     return learn
 
 # %% ../../nbs/commands/03_run.ipynb #5b687241
@@ -198,13 +187,14 @@ def make_logger(s:Pretrain, out:Path, learn, config:dict)->list:
     return [WandbCallback(log_preds=False, log_model=False)]
 
 # %% ../../nbs/commands/03_run.ipynb #7ccc5a51
-class Replacement(Callback):
+class ReplacementCallback(Callback):
     "Lets go of the run that this one replaces, once there is a checkpoint."
     order = 81      # after the checkpoints
-    def __init__(self, out:Path): self.out, self.waiting = out, not get_rank() and (out/'.replaced').exists()
+    def __init__(self, out:Path, checkpoints:CheckpointsCallback):
+        self.out, self.written, self.waiting = out, checkpoints, not get_rank() and (out/'.replaced').exists()
     def after_batch(self):
-        if self.waiting and self.checkpoints.saved is not None:
-            settle(self.out)
+        if self.waiting and self.written.saved is not None:
+            drop_or_restore(self.out)
             self.waiting = False
     def after_epoch(self): self.after_batch()
 
@@ -216,19 +206,19 @@ def make_online_eval(s:Pretrain, images)->list:
     except ValueError as e:
         warnings.warn(f'no nearest neighbors while it trains: {e}')
         return []
-    return [OnlineEval(evaluate, every=s.knn_every)]
+    return [OnlineEvalCallback(evaluate, every=s.knn_every)]
 
 def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:dict)->list:
     "What goes along with a run: checkpoints, history, evaluation, loggers."
     same = {k: v for k, v in defining.items() if k != 'source'}         # the folder of images may be moved
-    checkpoints = Checkpoints(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
+    checkpoints = CheckpointsCallback(out/'checkpoints', s.save_every, config=same, encoder_file=out/'encoder.safetensors',
         accept_changed_files=s.accept_changed_files)
-    measures = [OnlineMeasures(s.measure_every)] if s.measure_every else []
-    return [checkpoints, Replacement(out), History(out/'history.csv'), FreezeEncoder(s.freeze_epochs),
+    measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
+    return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'), FreezeEncoderCallback(s.freeze_epochs),
             *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
-class EpochLines(Callback):
+class EpochLinesCallback(Callback):
     "Prints one line for each epoch."
     order = 90      # after everything that measures something
     def before_fit(self): self.began, self.total = time.perf_counter(), self.epochs_completed() + self.n_epoch
@@ -249,7 +239,7 @@ def progress(learn)->ExitStack:
     "A context with the progress display that suits the output."
     stack = ExitStack()
     if sys.stdout.isatty(): return stack
-    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLines()])): stack.enter_context(context)
+    for context in (learn.no_bar(), learn.no_logging(), learn.added_cbs([EpochLinesCallback()])): stack.enter_context(context)
     return stack
 
 # %% ../../nbs/commands/03_run.ipynb #ab7f0449

@@ -200,13 +200,13 @@ class PixelCache:
     def __init__(self,
         files:list, # of all images
         size:int, # side of the crops to come, pixels
-        megabytes:float, # the most memory to take
+        cache_mb:float, # megabytes of memory to take, at most
     ):
-        self.size, self.place = size, int(megabytes*2**20)//len(files)
+        self.size, self.place = size, int(cache_mb*2**20)//len(files)
         needs = self._needs(files[::-(-len(files)//100)])
         if needs and min(needs) > self.place:
             most = -(-len(files)*max(needs)//2**20)
-            raise ValueError(f'a cache of {megabytes} MB for {len(files)} images has {self.place} bytes for each, '
+            raise ValueError(f'a cache of {cache_mb} MB for {len(files)} images has {self.place} bytes for each, '
                 f'and they take {min(needs)} and more: choose {most} MB, or no cache')
         self.place = min(self.place, max(needs, default=0))
         self.sizes = torch.zeros(len(files), 2, dtype=torch.int32).share_memory_()

@@ -6,18 +6,20 @@
 __all__ = ['TwoCropDataset', 'StepSampler', 'train_loader', 'EvalDataset', 'eval_loader']
 
 # %% ../../nbs/data/08_datasets.ipynb #bcae6e19
-import multiprocessing, os, signal
 from functools import lru_cache
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np, torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ..core import get_rank, get_world_size, listing
-from ..augmentations import keyed_rng
+from ..augmentations import Stream, keyed_rng
 from .crops import PixelCache, cut_crops, decode_crops, open_for_crops, oriented_size
 from .files import BadImage, reading
 from .sets import ImageSet
+from .workers import WorkerLoader, default_workers, ignore_signals
+
+# %% ../../nbs/data/08_datasets.ipynb #e245ad94
+_most_tries = 256                                         # files; see `_candidates`
 
 # %% ../../nbs/data/08_datasets.ipynb #5f0920bb
 class TwoCropDataset(Dataset):
@@ -26,12 +28,12 @@ class TwoCropDataset(Dataset):
         images:ImageSet,
         augment, # has `size` and `draw_views(key, width, height)`, which returns (boxes, params)
         seed:int=0,
-        cache:float=0, # megabytes of memory for decoded images, shared by the workers; 0: every image is read anew
+        cache_mb:float=0, # megabytes of memory for decoded images, shared by the workers; 0: every image is read anew
     ):
         keyed_rng(seed)                                   # a bad seed is an error now, not in a worker
         self.images, self.augment, self.seed = images, augment, seed
-        if cache and images.depth: raise ValueError('the cache keeps 8-bit RGB: it cannot be used with --channels')
-        self.cache = PixelCache(images.files, augment.size, cache) if cache else None
+        if cache_mb and images.depth: raise ValueError('the cache keeps 8-bit RGB: it cannot be used with --channels')
+        self.cache = PixelCache(images.files, augment.size, cache_mb) if cache_mb else None
         self.positives = None if images.groups is None else Positives(images.groups)
         if self.positives and getattr(augment, 'one_branch', False):
             raise ValueError('one_branch gives both views one crop: it cannot take the second from another image')
@@ -49,7 +51,7 @@ class TwoCropDataset(Dataset):
     def _candidates(self, epoch, i):
         "Image i, then images drawn by its key, one of which takes its place if it cannot be read."
         yield i % len(self)
-        rng = keyed_rng(self.seed, epoch, i % len(self), view=2**32 + 4)
+        rng = keyed_rng(self.seed, epoch, i % len(self), view=Stream.REPLACEMENT)
         yield from rng.integers(len(self), size=_most_tries).tolist()
     def _first_readable(self, epoch, i):
         "The first candidate that can be read."
@@ -90,12 +92,9 @@ class TwoCropDataset(Dataset):
         return [self.images.files[i] for i in self.unreadable.nonzero().flatten()]
     def _second_view(self, epoch, i):
         "What another image of the group gives; None if there is none that can be read."
-        for j in self.positives.partners(keyed_rng(self.seed, epoch, i, view=2**32 + 5), i):
+        for j in self.positives.partners(keyed_rng(self.seed, epoch, i, view=Stream.PARTNER), i):
             try: return self.cut((self.seed, epoch, i), j)
             except BadImage: self.unreadable[j] = True
-
-# %% ../../nbs/data/08_datasets.ipynb #e245ad94
-_most_tries = 256                                         # files; see `_candidates`
 
 # %% ../../nbs/data/08_datasets.ipynb #7758f48e
 class Positives:
@@ -111,15 +110,6 @@ class Positives:
         if end - start < 2: return
         for step in rng.integers(1, end - start, size=tries).tolist():
             yield int(self.order[start + (self.place[i] + step) % (end - start)])
-
-# %% ../../nbs/data/08_datasets.ipynb #09d33816
-def default_workers(
-    n:int|None=None, # as asked for
-)->int: # n; one per core, 16 at most, where n is None
-    "How many processes decode images."
-    if n is not None: return n
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(16, cores)
 
 # %% ../../nbs/data/08_datasets.ipynb #830406c2
 def check_batch(
@@ -173,38 +163,7 @@ class StepSampler(Sampler):
 
 # %% ../../nbs/data/08_datasets.ipynb #9b2f601b
 @lru_cache(maxsize=4)
-def _order(n, seed, epoch): return keyed_rng(seed, epoch, view=2**32).permutation(n)
-
-# %% ../../nbs/data/08_datasets.ipynb #793834f9
-import multiprocessing, signal, threading
-from multiprocessing import resource_tracker
-
-def leave_with_trainer():
-    "End when the process that trains sends SIGTERM or is gone; others who send SIGTERM to a whole group mean that one."
-    trainer = multiprocessing.parent_process()      # not `os.getppid()`: of a fork server, that is the server
-    while trainer.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, 2)                     # seconds
-        if received and received.si_pid == trainer.pid: break
-    os._exit(0)
-
-def ignore_signals(worker:int):
-    "In a process that decodes: SIGTERM and SIGINT are for the one that trains, which ends its step first."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, 'sigtimedwait'): return          # macOS
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=leave_with_trainer, daemon=True).start()
-
-# %% ../../nbs/data/08_datasets.ipynb #bd4747c6
-class _Loader(DataLoader):
-    "Its workers are born with SIGTERM blocked: threads that start before `ignore_signals` must not die of it."
-    def __iter__(self):
-        if not (self.num_workers and hasattr(signal, 'sigtimedwait')): return super().__iter__()
-        method = (self.multiprocessing_context or multiprocessing).get_start_method()
-        if method == 'forkserver': self.multiprocessing_context = 'spawn'    # all that a server starts would be deaf
-        if method != 'fork': resource_tracker.ensure_running()               # it unblocks SIGTERM
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try: return super().__iter__()
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _order(n, seed, epoch): return keyed_rng(seed, epoch, view=Stream.ORDER).permutation(n)
 
 # %% ../../nbs/data/08_datasets.ipynb #4cd010b0
 def train_loader(
@@ -213,20 +172,20 @@ def train_loader(
     batch_size:int=256, # images per step, over all processes; so 2·batch_size views
     seed:int=0,
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
-    cache:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
+    cache_mb:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
 )->DataLoader: # batches (crops (B, V, 3, S, S) uint8, parameters (B, V, P), labels if there are some, indices (B,))
     "Batches of crops for training, shuffled by key; `loader.batch_sampler.step` is where the next pass starts."
     workers = default_workers(num_workers)
-    dataset = TwoCropDataset(images, augment, seed, cache)
-    return _Loader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
+    dataset = TwoCropDataset(images, augment, seed, cache_mb)
+    return WorkerLoader(dataset, batch_sampler=StepSampler(len(images), batch_size, seed),
         num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,
         generator=torch.Generator())                      # starting workers draws no random number of others
 
 # %% ../../nbs/data/08_datasets.ipynb #2cf7104e
-def central_box(width:int, height:int, crop:float=1.)->tuple:
-    "The largest central square, `crop` of the shorter side, as a box of whole pixels."
-    s = round(crop * min(width, height))
+def central_box(width:int, height:int, crop_pct:float=1.)->tuple:
+    "The largest central square, `crop_pct` of the shorter side, as a box of whole pixels."
+    s = round(crop_pct * min(width, height))
     left, top = (width - s + 1)//2, (height - s + 1)//2
     return left, top, left + s, top + s
 
@@ -236,20 +195,20 @@ class EvalDataset(Dataset):
     def __init__(self,
         images:ImageSet,
         size:int, # side, pixels
-        crop:float=1., # fraction of the shorter side to keep
+        crop_pct:float=1., # fraction of the shorter side to keep
     ):
-        self.images, self.size, self.crop = images, size, crop
+        self.images, self.size, self.crop_pct = images, size, crop_pct
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
         try:
             if self.images.depth: return self.whole(i, self.images.depth), i
             with open_for_crops(self.images.files[i]) as im:
-                box = central_box(*oriented_size(im), self.crop)
+                box = central_box(*oriented_size(im), self.crop_pct)
                 return decode_crops(im, [box], self.size)[0], i
         except BadImage: return None
     def whole(self, i, depth):
         x = depth.read(self.images.files[i])
-        return depth.crops(x, [central_box(x.shape[2], x.shape[1], self.crop)], self.size)[0]
+        return depth.crops(x, [central_box(x.shape[2], x.shape[1], self.crop_pct)], self.size)[0]
     def collate(self, items):
         "A batch of the images that could be read, of length 0 if there are none."
         kept = [item for item in items if item is not None]
@@ -260,11 +219,11 @@ class EvalDataset(Dataset):
 def eval_loader(
     images:ImageSet,
     size:int, # side, pixels
-    crop:float=1., # fraction of the shorter side to keep
+    crop_pct:float=1., # fraction of the shorter side to keep
     batch_size:int=256,
     num_workers:int|None=None,
 )->DataLoader: # batches (images (B, 3, size, size) uint8, indices (B,)), in order, unreadable files left out
     "A loader for evaluation."
-    dataset = EvalDataset(images, size, crop)
-    return _Loader(dataset, batch_size, num_workers=default_workers(num_workers), collate_fn=dataset.collate,
+    dataset = EvalDataset(images, size, crop_pct)
+    return WorkerLoader(dataset, batch_size, num_workers=default_workers(num_workers), collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals, generator=torch.Generator())

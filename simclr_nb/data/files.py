@@ -6,13 +6,60 @@
 __all__ = ['BadImage', 'StoreError', 'memory_limit', 'open_image']
 
 # %% ../../nbs/data/01_files.ipynb #b76b48b1
-import io, os, sys, tempfile, time
+import io, os, re, sys, tempfile, time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..core import shown, to_rgb
+from ..core import need, shown, to_rgb
+
+# %% ../../nbs/data/01_files.ipynb #ff0d861b
+picture_endings = frozenset(
+    '.jpg .jpeg .jpe .jfif .png .apng .webp .avif .heic .heif .tif .tiff .bmp .dib .gif .ppm .pgm .pbm .pnm .pfm '
+    '.jp2 .j2k .jpx .j2c .jpf .tga .sgi .rgb .ras .pcx .psd .qoi .ico .xbm .xpm'.split())
+array_endings = frozenset(['.npy', '.dcm'])              # what only `with_channels` reads
+table_endings = '.csv', '.tsv', '.txt', '.parquet', '.arrow'
+path_columns = ('path', 'file', 'filename', 'file_name', 'filepath', 'file_path', 'image', 'image_path', 'image_file',
+                'image_name', 'img', 'img_path')
+image_columns = 'image', 'img', 'picture', 'photo'
+label_columns = 'label', 'class', 'labels', 'fine_label', 'target', 'category', 'class_name', 'class_id'
+part_columns = 'split', 'part', 'partition', 'subset', 'set'
+part_words = dict(
+    train=('train', 'training', 'trn'),
+    test=('test', 'testing', 'tst', 'holdout', 'heldout'),
+    val=('val', 'valid', 'validation', 'validate', 'dev', 'development', 'eval', 'evaluation'))
+
+def is_picture(
+    name, # of a file
+    endings=picture_endings, # small letters
+)->bool:
+    "Whether a name ends like that of a picture."
+    return os.path.splitext(name)[1].lower() in endings
+
+def pick(columns, wanted)->str|None:
+    "The first of some names that is a column."
+    lower = {c.lower(): c for c in columns}
+    return next((lower[name] for name in wanted if name in lower), None)
+
+# %% ../../nbs/data/01_files.ipynb #7dcd34c7
+_decoration = r'[\W\d_]*(set|images?|imgs|data|split|part)?[\W\d_]*$'     # of train_set, test-images, val2017
+
+def part_of(name)->str|None: # 'train', 'test' or 'val'
+    "The part of a data set that a folder, a split or a value is named after."
+    for part, words in part_words.items():
+        if re.match(f'({"|".join(words)}){_decoration}', str(name).strip(), re.IGNORECASE): return part
+
+def find_parts(names)->dict: # part to its names, in the order of `part_words`
+    "The parts that some names stand for: empty unless there is one to train on and one to hold out."
+    found = {}
+    for name in names: found.setdefault(part_of(name), []).append(name)
+    if 'train' not in found or len(found.keys() - {None}) < 2: return {}
+    return {part: found[part] for part in part_words if part in found}
+
+def part_of_file(path)->str: # its first word: 'train' of train-00000-of-00002.parquet
+    "What a shard or a table is named after."
+    return re.match('[^\\W\\d_]*', os.path.basename(str(path)))[0]
 
 # %% ../../nbs/data/01_files.ipynb #d899badf
 class BadImage(Exception):
@@ -94,10 +141,7 @@ def open_known(file, name:str)->Image.Image: # file: a path, or bytes to read
     try: return Image.open(file)
     except UnidentifiedImageError:
         if not name.lower().endswith(('.heic', '.heif')): raise
-    try: from pillow_heif import register_heif_opener
-    except ImportError as e:
-        raise ValueError("HEIC needs another package: pip install 'simclr_nb[heic]'") from e
-    register_heif_opener()
+    need('pillow_heif', 'heic', 'HEIC').register_heif_opener()
     return Image.open(file)
 
 def open_lazy(
@@ -148,8 +192,7 @@ def is_address(source)->bool: return isinstance(source, str) and '://' in source
 @lru_cache
 def file_system(address:str, pid:int):
     "(fsspec's file system, the path in it): one for each process, since connections are not shared."
-    try: from fsspec.core import url_to_fs
-    except ImportError as e: raise ImportError('addresses need another package: pip install fsspec') from e
+    from fsspec.core import url_to_fs                    # comes with torch
     try: return url_to_fs(address)
     except (ImportError, ValueError) as e: raise ValueError(f'cannot open {address}: {e}') from e
 

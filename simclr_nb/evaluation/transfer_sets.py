@@ -7,6 +7,7 @@ __all__ = ['transfer_sets', 'TransferSet', 'transfer_splits', 'find_transfer']
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #33208da8
 import os, shutil, warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -14,10 +15,10 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 from torchvision import datasets
-from ..core import printable
+from ..core import shown
 from ..augmentations import keyed_rng
-from ..data.sets import ImageSet, folder_images
-from .classifier import check_sets, joined
+from ..data.sets import ImageSet, folder_images, part_folders
+from .classifier import check_sets
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #a9259114
 class TransferSet(NamedTuple):
@@ -37,18 +38,18 @@ _caltech = dict(train=dict(part='train'), test=dict(part='test'))               
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #546ea0a9
 transfer_sets = {
-    'Food': TransferSet('top-1', 'Food101', **_splits),
-    'CIFAR10': TransferSet('top-1', 'CIFAR10', **_cifar),
-    'CIFAR100': TransferSet('top-1', 'CIFAR100', **_cifar),
-    'Birdsnap': TransferSet('top-1'),
-    'SUN397': TransferSet('top-1', 'SUN397', **_sun),
-    'Cars': TransferSet('top-1', 'StanfordCars', **_splits),
-    'Aircraft': TransferSet('balanced accuracy', 'FGVCAircraft', **_with_val),
-    'VOC2007': TransferSet('11-point mAP', 'VOCDetection', **_voc),
-    'DTD': TransferSet('top-1', 'DTD', **_with_val),                                 # the first of ten partitions
-    'Pets': TransferSet('balanced accuracy', 'OxfordIIITPet', **_pets),
-    'Caltech-101': TransferSet('balanced accuracy', 'Caltech101', **_caltech),
-    'Flowers': TransferSet('balanced accuracy', 'Flowers102', **_with_val),
+    'Food': TransferSet('top1', 'Food101', **_splits),
+    'CIFAR10': TransferSet('top1', 'CIFAR10', **_cifar),
+    'CIFAR100': TransferSet('top1', 'CIFAR100', **_cifar),
+    'Birdsnap': TransferSet('top1'),
+    'SUN397': TransferSet('top1', 'SUN397', **_sun),
+    'Cars': TransferSet('top1', 'StanfordCars', **_splits),
+    'Aircraft': TransferSet('balanced_accuracy', 'FGVCAircraft', **_with_val),
+    'VOC2007': TransferSet('map11', 'VOCDetection', **_voc),
+    'DTD': TransferSet('top1', 'DTD', **_with_val),                                 # the first of ten partitions
+    'Pets': TransferSet('balanced_accuracy', 'OxfordIIITPet', **_pets),
+    'Caltech-101': TransferSet('balanced_accuracy', 'Caltech101', **_caltech),
+    'Flowers': TransferSet('balanced_accuracy', 'Flowers102', **_with_val),
 }
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #22e0dc22
@@ -108,7 +109,7 @@ def _caltech_split(root, part, each=30):
 def _renumbered(images):
     "The set without the classes that have no images."
     kept, labels = np.unique(images.labels, return_inverse=True)
-    return ImageSet(images.files, labels, [images.classes[c] for c in kept])
+    return replace(images, labels=labels, classes=[images.classes[c] for c in kept])
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #c5915c1f
 def transfer_splits(
@@ -119,8 +120,8 @@ def transfer_splits(
     if name not in transfer_sets: raise ValueError(f'unknown set {name!r}; there are {", ".join(transfer_sets)}')
     t, root = transfer_sets[name], Path(root)
     own = root/name
-    if (own/'train').is_dir() and (own/'test').is_dir() and t.metric != '11-point mAP':   # a folder gives one label
-        return _folder_splits(own)
+    parts = part_folders(own) if own.is_dir() else {}
+    if 'test' in parts and t.metric != 'map11': return _folder_splits(parts)       # a folder gives one label
     if t.kind is None:
         raise FileNotFoundError(f'torchvision does not know {name}: give it as a folder {own} with train and test '
                                 'below it, one subfolder for each class')
@@ -130,10 +131,10 @@ def transfer_splits(
         raise ValueError(f'the splits of {name} below {root} have not the same classes: is the set complete?')
     return splits
 
-def _folder_splits(folder):
-    train = folder_images(folder/'train')
-    val = folder_images(folder/'val', train.classes) if (folder/'val').is_dir() else None
-    return dict(train=train, test=folder_images(folder/'test', train.classes), val=val)
+def _folder_splits(parts):
+    train = folder_images(parts['train'][0])
+    test, val = (folder_images(parts[p][0], train.classes) if p in parts else None for p in ('test', 'val'))
+    return dict(train=train, test=test, val=val)
 
 # %% ../../nbs/evaluation/06_transfer_sets.ipynb #3bb029f9
 def find_transfer(
@@ -157,10 +158,10 @@ def find_transfer(
 
 def _unsuited(splits):
     "Why a set cannot be evaluated, or None."
-    train = splits['train'] if splits['val'] is None else joined(splits['train'], splits['val'])
+    train = splits['train'] if splits['val'] is None else splits['train'].joined(splits['val'])
     classes = np.unique(train.labels)
     if train.labels.ndim == 1 and len(classes) < 2:
-        name = printable(train.classes[classes[0]])
+        name = shown(train.classes[classes[0]])
         return f'all of its training images are of one class, {name}: a classifier needs 2 or more'
     try: check_sets(train, splits['test'])
     except ValueError as e: return str(e)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image, ImageOps
-from ..core import atomic_write, printable, shown
-from ..data.channels import read_array
+from ..core import atomic_write, shown
+from ..data.channels import read_array, with_channels
 from ..data.files import BadImage, open_image
 from ..data.sets import ImageSet
 from ..data.sources import file_at
@@ -54,7 +54,7 @@ def _places(xy):
     return xy.round(4).T.tolist()
 
 def _class_names(labels, classes):
-    classes = [f'class {c}' for c in range(labels.max() + 1)] if classes is None else [printable(c) for c in classes]
+    classes = [f'class {c}' for c in range(labels.max() + 1)] if classes is None else [shown(c) for c in classes]
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f'labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} classes')
     return classes
@@ -68,7 +68,7 @@ def _map_data(xy, images, labels, classes, neighbors, side):
     labels = np.asarray(labels) if labeled else np.zeros(n, int)
     classes = _class_names(labels, classes if labeled else None)
     near = [[]]*n if neighbors is None else torch.as_tensor(neighbors).tolist()
-    names = [printable(f.name) for f in images.files] if isinstance(images, ImageSet) else ['']*n
+    names = [shown(f.name) for f in images.files] if isinstance(images, ImageSet) else ['']*n
     side = side or (64 if n <= 2000 else 48)
     sheets = _sheets(_thumbnails(images, side), quality=70 if n <= 2000 else 60)
     return dict(x=x, y=y, labels=labels.tolist(), classes=classes, labeled=labeled, names=names, near=near,
@@ -81,14 +81,14 @@ def html_map(
     images, # n of them: an `ImageSet`, or a list of PIL images
     labels=None, # (n,) integers
     classes:list|None=None, # their names
-    neighbors=None, # (n, k) indices of each image's neighbors, from `nearest_to_each`
+    neighbors=None, # (n, k) indices of each image's neighbors, from a `NeighborIndex`
     title:str='A map of representations',
     side:int|None=None, # of the thumbnails, pixels, a multiple of 16; None: 64, above 2,000 images 48
 )->Path: # path
     "An interactive map in one HTML file that needs no network."
     path, data = Path(path), _map_data(xy, images, labels, classes, neighbors, side)
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = printable(title)
+    title = shown(title)
     path.write_text(_page(title, dict(title=title) | data), encoding='utf-8')
     return path
 
@@ -105,8 +105,7 @@ def picture_at(path:str|Path):
     file = file_at(str(path))
     try: return open_image(file)
     except BadImage:
-        images = ImageSet([file])
-        return images.with_channels(read_array(file).shape[2])[0]
+        return with_channels(ImageSet([file]), read_array(file).shape[2])[0]
 
 def thumbnail(path:str|Path, side:int)->str:
     "A square picture as a `data:` address; empty where the file cannot be read."

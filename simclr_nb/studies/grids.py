@@ -9,7 +9,7 @@ __all__ = ['scales', 'seeds_of', 'studies', 'pair_names', 'Training', 'Point', '
            'norm_points', 'change_points']
 
 # %% ../../nbs/studies/01_grids.ipynb #73473fa5
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable
 
 # %% ../../nbs/studies/01_grids.ipynb #80955b97

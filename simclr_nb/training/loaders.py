@@ -14,7 +14,7 @@ from ..core import get_world_size
 from ..augmentations import Augmentation
 from ..encoder import adapt_channels, set_encoder_info
 from ..data.channels import augmentation_for_channels
-from ..data.datasets import StepSampler, train_loader
+from ..data.datasets import StepSampler, check_batch, train_loader
 from ..data.sets import ImageSet
 from ..data.sources import augmentations_for, presets
 from .views import first_views, show_views
@@ -40,17 +40,19 @@ def train_dls(
     seed:int=0,
     num_workers:int|None=None, # processes that decode; None: one per core, 16 at most
     device=None, # where batches go; None: fastai's default
-    cache:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
+    cache_mb:float=0, # megabytes of memory for decoded images, as in `TwoCropDataset`
 )->CropLoaders:
     "Loaders of crops for fastai's `Learner`."
-    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache), device)
+    return CropLoaders(train_loader(images, augment, batch_size, seed, num_workers, cache_mb), device)
 
 # %% ../../nbs/training/02_loaders.ipynb #99caa54a
-def make_dls(data, augment, seed, num_workers, cache=0):
+def make_dls(data, augment, seed, num_workers, cache_mb=0, batch_size=None):
     "The `DataLoaders` that are given, or new ones for a set of images."
     if not isinstance(data, DataLoaders):
         if len(data) < 2: raise ValueError(f'contrastive learning needs at least 2 images, got {len(data)}')
-        return train_dls(data, augment, min(256, len(data)), seed, num_workers, cache=cache)
+        if batch_size is None: batch_size = min(256, len(data))
+        check_batch(len(data), batch_size)
+        return train_dls(data, augment, batch_size, seed, num_workers, cache_mb=cache_mb)
     if not isinstance(data, CropLoaders) and not isinstance(data.train, FastaiLoader):
         raise TypeError(f'the DataLoaders hold a {type(data.train).__name__}; simclr_learner takes loaders of fastai, '
                         'or those of train_dls')

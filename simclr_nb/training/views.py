@@ -12,7 +12,7 @@ from functools import lru_cache, singledispatch
 import cv2, matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 from ..augmentations import (
-    Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale, RandomTransform, luma, make_views)
+    Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomGrayscale, RandomTransform, luma)
 from ..operations import RandomQuarterTurn
 from ..data.channels import as_rgb
 from ..data.datasets import TwoCropDataset
@@ -144,7 +144,7 @@ def apply_compiled(
 def fast_apply(
     x:Tensor, # what is to be transformed
     compiled:bool=False, # elsewhere than on a CPU: as one compiled graph
-): # for `make_views` and `crop_views`
+): # for `Augmentation.views` and `crop_views`
     "The implementation of an augmentation that is fast on the device of x; None: its own."
     if x.device.type == 'cpu': return apply_cpu
     return apply_compiled if compiled else None
@@ -155,8 +155,8 @@ def crops_to_views(
     params:Tensor, # (B, V, P)
     compiled:bool=False, # as for `fast_apply`
 )->Tensor: # (V·B, 3, S, S) in [0, 1]
-    "`make_views`, fast on any device."
-    return make_views(augment, crops, params, fast_apply(crops, compiled))
+    "`augment.views`, fast on any device."
+    return augment.views(crops, params, fast_apply(crops, compiled))
 
 # %% ../../nbs/training/01_views.ipynb #cba77d62
 def first_views(

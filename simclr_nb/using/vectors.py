@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'check_vectors_file', 'write_vectors', 'read_vectors', 'vectors_file', 'about_encoder', 'encoder_of',
-           'embed_images', 'Hit', 'search_images', 'hits_table', 'typicality', 'select_images', 'vectors_for',
-           'check_vectors', 'map_method', 'check_map_file', 'open_command', 'labels_of', 'map_columns', 'write_map']
+           'embed_images', 'Hit', 'search_images', 'hits_table', 'vectors_for', 'check_vectors', 'typicality',
+           'select_images', 'map_method', 'check_map_file', 'open_command', 'labels_of', 'map_columns', 'write_map']
 
 # %% ../../nbs/using/01_vectors.ipynb #8be9aa29
 import io, json
@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from ..core import (
-    TooFewImages, atomic_write, markdown_table, printable, read_description, save_tensors, shown)
+    TooFewImages, atomic_write, markdown_table, need, read_description, save_tensors, shown)
 from ..data.files import BadImage
 from ..data.sets import ImageSet
 from ..features.extract import encoder_facts, extract_features
 from ..features.metrics import NotFinite
-from ..features.neighbors import nearest, neighbors_of, neighbors_of_each
+from ..features.neighbors import NeighborIndex, nearest
 from ..pictures.pages import thumbnail
 from ..pictures.plots import project_2d
 from ..evaluation.candidates import candidate, find_encoder, read_as
@@ -40,10 +40,7 @@ def check_vectors_file(path:str|Path)->Path:
     path = Path(path)
     if path.suffix not in ('.safetensors', '.npz', '.parquet'):
         raise ValueError(f'vectors are written as .safetensors, .npz or .parquet; got {path.name}')
-    if path.suffix == '.parquet':
-        try: import pyarrow.parquet
-        except ImportError as e:
-            raise ImportError("Parquet needs another package: pip install 'simclr_nb[parquet]'") from e
+    if path.suffix == '.parquet': need('pyarrow.parquet', 'parquet', 'Parquet')
     return path
 
 # %% ../../nbs/using/01_vectors.ipynb #be132d36
@@ -56,11 +53,15 @@ def write_vectors(
     if path.suffix == '.safetensors':
         return save_tensors(path, dict(vectors=v.h), simclr_nb_vectors=v.about | dict(paths=v.paths))
     if path.suffix == '.npz': np.savez(data, path=np.array(v.paths), vector=v.h.numpy(), about=json.dumps(v.about))
-    else:
-        import pyarrow as pa, pyarrow.parquet as parquet
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(v.h.flatten().numpy()), v.h.shape[1])
-        table = pa.table(dict(path=pa.array(v.paths), vector=flat))
-        parquet.write_table(table.replace_schema_metadata(dict(simclr_nb=json.dumps(v.about))), data)
+    else: return _write_parquet(path, v)
+    return atomic_write(path, data.getvalue())
+
+def _write_parquet(path, v, columns={}):
+    "A table of paths, vectors and other columns."
+    import pyarrow as pa, pyarrow.parquet as parquet
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(v.h.flatten().numpy()), v.h.shape[1])
+    table, data = pa.table(dict(path=pa.array(v.paths), vector=vectors) | columns), io.BytesIO()
+    parquet.write_table(table.replace_schema_metadata(dict(simclr_nb=json.dumps(v.about))), data)
     return atomic_write(path, data.getvalue())
 
 # %% ../../nbs/using/01_vectors.ipynb #f64c1630
@@ -136,7 +137,7 @@ def search_images(
     c = encoder_of(encoder, vectors.about)
     images = read_as(images, find_encoder(encoder).encoder)
     queries, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.how())
-    cosines, rows = neighbors_of(vectors.h, queries, min(k + 1, len(vectors.h)))
+    cosines, rows = NeighborIndex(vectors.h).search(queries, min(k + 1, len(vectors.h)))
     found = {}
     for i, near, row in zip(idxs.tolist(), cosines.tolist(), rows.tolist()):
         own = shown(images.files[i].resolve())
@@ -149,32 +150,6 @@ def hits_table(found:dict)->str: # Markdown
     rows = [[Path(path).name if i == 0 else '', f'{hit.cosine:.3f}', hit.path]
             for path, hits in found.items() for i, hit in enumerate(hits)]
     return markdown_table(['image', 'cosine', 'near it'], rows)
-
-# %% ../../nbs/using/01_vectors.ipynb #c1461253
-def typicality(
-    h:Tensor, # (n, d) vectors
-    k:int=20, # neighbors; fewer where there are fewer
-)->Tensor: # (n,) larger: more typical
-    "One divided by the mean distance to the nearest neighbors, on the unit sphere."
-    k = min(k, len(h) - 1)
-    if k == 0: return torch.ones(len(h))
-    cosines, _ = nearest(h, h, k + 1)                                          # the first is the image itself
-    distances = (2 - 2*cosines[:, 1:]).clamp(min=0).sqrt().mean(1)
-    return 1/distances.clamp(min=1e-6)
-
-def select_images(
-    h:Tensor, # (n, d) vectors
-    n:int, # images to select
-    seed:int=0, # of the clusters
-)->list: # n indices, of the largest clusters first
-    "The images to label first: the most typical one of each of n clusters."
-    if not 1 <= n <= len(h): raise ValueError(f'of {len(h)} images, 1 to {len(h)} can be selected, not {n}')
-    x = F.normalize(h.float(), dim=1)
-    clusters = MiniBatchKMeans(n, random_state=seed, batch_size=4096, n_init=3).fit_predict(x.numpy())
-    members = sorted((np.flatnonzero(clusters == c) for c in set(clusters.tolist())), key=len, reverse=True)
-    chosen = [int(some[typicality(x[some]).argmax()]) for some in members]
-    spare = [i for i in typicality(x).argsort(descending=True).tolist() if i not in set(chosen)]
-    return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
 
 # %% ../../nbs/using/01_vectors.ipynb #3332a5da
 def _misfit(v, images, file):
@@ -224,6 +199,32 @@ def check_vectors(v:Vectors):
     if bad: raise NotFinite(f'the vectors of {len(bad)} of {len(v.h)} images are not finite (NaN or infinite), '
                             f'the first is that of {v.paths[bad[0]]}: run simclr embed again, or look at the encoder')
 
+# %% ../../nbs/using/01_vectors.ipynb #c1461253
+def typicality(
+    h:Tensor, # (n, d) vectors
+    k:int=20, # neighbors; fewer where there are fewer
+)->Tensor: # (n,) larger: more typical
+    "One divided by the mean distance to the nearest neighbors, on the unit sphere."
+    k = min(k, len(h) - 1)
+    if k == 0: return torch.ones(len(h))
+    cosines, _ = nearest(h, h, k + 1)                                          # the first is the image itself
+    distances = (2 - 2*cosines[:, 1:]).clamp(min=0).sqrt().mean(1)
+    return 1/distances.clamp(min=1e-6)
+
+def select_images(
+    h:Tensor, # (n, d) vectors
+    n:int, # images to select
+    seed:int=0, # of the clusters
+)->list: # n indices, of the largest clusters first
+    "The images to label first: the most typical one of each of n clusters."
+    if not 1 <= n <= len(h): raise ValueError(f'of {len(h)} images, 1 to {len(h)} can be selected, not {n}')
+    x = F.normalize(h.float(), dim=1)
+    clusters = MiniBatchKMeans(n, random_state=seed, batch_size=4096, n_init=3).fit_predict(x.numpy())
+    members = sorted((np.flatnonzero(clusters == c) for c in set(clusters.tolist())), key=len, reverse=True)
+    chosen = [int(some[typicality(x[some]).argmax()]) for some in members]
+    spare = [i for i in typicality(x).argsort(descending=True).tolist() if i not in set(chosen)]
+    return chosen + spare[:n - len(chosen)]                                    # a cluster may have stayed empty
+
 # %% ../../nbs/using/01_vectors.ipynb #b55d1485
 def map_method()->str: # 'umap' or 'pca'
     "How the map is drawn: UMAP, where it is installed."
@@ -247,7 +248,7 @@ def labels_of(
     "The class names of the images that have vectors."
     if images.labels is None or images.labels.ndim != 1: return None
     names = images.classes or range(int(images.labels.max()) + 1)
-    known = {shown(f.resolve()): printable(names[c]) for f, c in zip(images.files, images.labels.tolist())}
+    known = {shown(f.resolve()): shown(names[c]) for f, c in zip(images.files, images.labels.tolist())}
     return [known[path] for path in v.paths]
 
 def map_columns(
@@ -260,7 +261,7 @@ def map_columns(
 )->dict: # name to column, n values each
     "What the table holds beside paths and vectors."
     xy = project_2d(v.h, method or map_method(), seed)
-    cosines, near = neighbors_of_each(v.h, k)
+    cosines, near = NeighborIndex(v.h).search_each(k)
     neighbors = [dict(ids=ids, distances=far) for ids, far in zip(near.tolist(), (1 - cosines).clamp(min=0).tolist())]
     columns = dict(x=xy[:, 0].astype('float32'), y=xy[:, 1].astype('float32'), neighbors=neighbors,
                    image=[thumbnail(path, side) for path in v.paths])
@@ -271,12 +272,7 @@ def write_map(
     path:str|Path, # ends in .parquet; its folder is made
     v:Vectors,
     labels:list|None=None, # n names
-    **how, # to `map_columns`
+    **kwargs, # to `map_columns`
 )->Path: # path
     "Write vectors and their map to a table for Embedding Atlas; `read_vectors` reads it, too."
-    path, data = check_map_file(path), io.BytesIO()
-    import pyarrow as pa, pyarrow.parquet as parquet
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(v.h.flatten().numpy()), v.h.shape[1])
-    table = pa.table(dict(path=pa.array(v.paths), vector=flat) | map_columns(v, labels, **how))
-    parquet.write_table(table.replace_schema_metadata(dict(simclr_nb=json.dumps(v.about))), data)
-    return atomic_write(path, data.getvalue())
+    return _write_parquet(check_map_file(path), v, map_columns(v, labels, **kwargs))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..encoder import channels_of
-from ..core import atomic_write, eval_mode, listing, save_tensors, write_json
+from ..core import atomic_write, eval_mode, listing, need, save_tensors, write_json
 from ..encoder import encoder_config, encoder_info, load_encoder, save_encoder
 from .official import load_official
 
@@ -72,9 +72,7 @@ def _image_size(encoder):
                      'get the encoder from build_encoder(module, size), load_encoder or load_official')
 
 def _need_onnx():
-    try: import onnx, onnxscript
-    except ImportError as e:
-        raise ImportError("ONNX export needs the packages onnx and onnxscript: pip install 'simclr_nb[export]'") from e
+    for module in ('onnx', 'onnxscript'): need(module, 'export', 'ONNX export')
 
 # %% ../../nbs/weights/04_export.ipynb #8367d5cf
 def export_onnx(
