@@ -124,7 +124,6 @@ class ResNet(Encoder):
         x = self.stage2(self.stage1(self.stem(x)))
         return self.mean(self.stage4(self.stage3(x)))
 
-# %% ../nbs/02_encoder.ipynb #67faaacc
 def resnet(
     depth:int=50, # 18, 34 (basic blocks); 50, 101, 152 (bottlenecks)
     width:float=1, # multiplies all channels; the paper uses 1, 2 and 4, and fractions work
@@ -184,7 +183,6 @@ def channels_of(net:nn.Module)->int:
     conv = first_convolution(net)
     return conv.in_channels if conv else 3
 
-# %% ../nbs/02_encoder.ipynb #227810ad
 @torch.no_grad()
 def _probe(encoder, size):
     "What the encoder makes of one gray image."
