@@ -158,8 +158,8 @@ def predictor(name, bank, labels, args):
         from lightly.utils.benchmarking.knn import knn_predict
         bank = F.normalize(bank, dim=1).T.contiguous()
         return lambda q: torch.cat([knn_predict(b, bank, labels, 10, args.k, .1)[:, 0] for b in q.split(1024)])
-    from simclr_nb.features.neighbors import knn_predict
-    return lambda q: knn_predict(bank, labels, q, args.k, .1)
+    from simclr_nb.features.neighbors import NeighborClassifier
+    return NeighborClassifier(args.k, .1).fit(bank, labels).predict
 
 
 def neighbors(name, args):

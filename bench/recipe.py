@@ -71,18 +71,18 @@ def trained(s, seed, fit):
 def run(variant, seed):
     "One line of the file: what a variant reaches, and how long its training took."
     from simclr_nb.evaluation.candidates import Candidate, pixels_encoder
-    from simclr_nb.evaluation.protocols import EvalSuite, run_protocol
+    from simclr_nb.evaluation.protocols import EvalSettings, EvalSuite, run_protocol
     fit, held_out = parts()
     s = settings() if variant in baselines else changed(variant)
     began = time.perf_counter()
     if variant in ('pixels', 'pca'): encoder = pixels_encoder(32)
     else: encoder = untrained(s, seed) if variant == 'untrained' else trained(s, seed, fit)
     result = dict(variant=variant, seed=seed, train_seconds=round(time.perf_counter() - began, 1))
-    suite = EvalSuite([Candidate(variant, encoder, s['size'])], fit, held_out, num_workers=0)
+    suite = EvalSuite([Candidate(variant, encoder, s['size'])], fit, held_out, EvalSettings(num_workers=0))
     for column, (protocol, fraction) in columns.items():
         draws = range(5) if fraction < 1 else range(1)
         rows = run_protocol(suite, protocol, fraction, draws, log=lambda line: None)
-        result[column] = round(statistics.mean(float(r['balanced accuracy']) for r in rows), 2)
+        result[column] = round(statistics.mean(float(r['balanced_accuracy']) for r in rows), 2)
     return result
 
 

@@ -7,10 +7,10 @@ __all__ = ['Augmentation', 'simclr_augmentations', 'augmentations_for', 'ImageSe
            'open_image', 'TwoCropDataset', 'train_loader', 'build_encoder', 'load_encoder', 'save_encoder', 'SimCLR',
            'projection_head', 'nt_xent', 'NTXentLoss', 'LARS', 'checkpoint_activations', 'memory_per_device',
            'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'CheckpointsCallback', 'OnlineEvalCallback',
-           'OnlineProbeCallback', 'read_history', 'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation',
-           'logistic_regression', 'permutation_test', 'finetune', 'label_fraction', 'transfer', 'find_near_duplicates',
-           'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess',
-           'convert']
+           'OnlineProbeCallback', 'read_history', 'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate',
+           'EvalSettings', 'linear_evaluation', 'ClassifierSettings', 'NeighborClassifier', 'LogisticClassifier',
+           'permutation_test', 'finetune', 'label_fraction', 'transfer_table', 'find_near_duplicates', 'plot_history',
+           'plot_neighbors', 'plot_map', 'project_2d', 'html_map', 'load_official', 'preprocess', 'convert']
 
 # %% ../nbs/08_all.ipynb #2dc486e6
 from .augmentations import Augmentation, simclr_augmentations
@@ -18,28 +18,29 @@ from .encoder import build_encoder, load_encoder, save_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import NTXentLoss, nt_xent
 from .lars import LARS
+from .weights.export import convert
+from .weights.official import load_official, preprocess
 from .data.datasets import TwoCropDataset, train_loader
-from .data.sources import augmentations_for, load_images, train_test_splits
 from .data.files import open_image
 from .data.sets import ImageSet
-from .training.memory import checkpoint_activations, memory_per_device
+from .data.sources import augmentations_for, load_images, train_test_splits
+from .features.copies import find_near_duplicates
+from .features.extract import extract_features
+from .features.logistic import LogisticClassifier
+from .features.metrics import permutation_test
+from .features.neighbors import NeighborClassifier, knn_evaluator
+from .pictures.pages import html_map
+from .pictures.plots import plot_history, plot_map, plot_neighbors, project_2d
 from .training.history import read_history
+from .training.memory import checkpoint_activations, memory_per_device
 from .training.online import OnlineEvalCallback, OnlineProbeCallback
 from .training.resume import CheckpointsCallback
 from .learner import SimCLRLearner, simclr_learner
-from .evaluation.classifier import supervised_learner
-from .features.extract import extract_features
-from .features.neighbors import knn_evaluator
-from .features.copies import find_near_duplicates
-from .pictures.pages import html_map
-from .pictures.plots import plot_history, plot_map, plot_neighbors, project_2d
-from .features.metrics import permutation_test
-from .evaluation.linear import compare, linear_evaluation
-from .features.logistic import logistic_regression
+from .evaluation.classifier import ClassifierSettings, supervised_learner
 from .evaluation.finetune import finetune, label_fraction
-from .evaluation.transfer import transfer
-from .weights.official import load_official, preprocess
-from .weights.export import convert
+from .evaluation.linear import compare_encoders, linear_evaluation
+from .evaluation.protocols import EvalSettings, evaluate
+from .evaluation.transfer import transfer_table
 
 # %% ../nbs/08_all.ipynb #1d22f999
 _all_ = [
@@ -49,7 +50,8 @@ _all_ = [
     'nt_xent', 'NTXentLoss', 'LARS', 'checkpoint_activations', 'memory_per_device',
     'simclr_learner', 'supervised_learner', 'SimCLRLearner', 'CheckpointsCallback', 'OnlineEvalCallback',
     'OnlineProbeCallback', 'read_history',
-    'extract_features', 'knn_evaluator', 'compare', 'linear_evaluation', 'logistic_regression', 'permutation_test',
-    'finetune', 'label_fraction', 'transfer', 'find_near_duplicates',
+    'extract_features', 'knn_evaluator', 'compare_encoders', 'evaluate', 'EvalSettings',
+    'linear_evaluation', 'ClassifierSettings', 'NeighborClassifier', 'LogisticClassifier', 'permutation_test',
+    'finetune', 'label_fraction', 'transfer_table', 'find_near_duplicates',
     'plot_history', 'plot_neighbors', 'plot_map', 'project_2d', 'html_map',
     'load_official', 'preprocess', 'convert']

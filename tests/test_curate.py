@@ -11,7 +11,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 from simclr_nb.commands import main as cli
-from simclr_nb.using import curate
+from simclr_nb.using import curate, vectors
 from simclr_nb.features import neighbors
 from simclr_nb.core import write_json
 from simclr_nb.data.sources import train_test_splits
@@ -92,7 +92,7 @@ def judged(copies, source, n):
 
 def copies_found(name, folder, seed=0, **more):
     images, h, source, kinds = with_copies(name, folder, seed, **more)
-    copies = curate.find_copies(images, h)
+    copies = curate.find_copies(images)
     exact = [c for c in copies if c.reason == 'same bytes']
     return dict(curate=judged(copies, source, len(kinds)), bytes=judged(exact, source, len(kinds)))
 
@@ -146,7 +146,7 @@ def test_copies_are_found_that_bytes_do_not_show(name, tmp_path):
 def test_every_change_is_found_and_named(tmp_path):
     images, h, source, kinds = with_copies('solar_cells', tmp_path, 2)
     reasons = {'bytes': {'same bytes'}, 'mirrored': {'mirrored'}}
-    first, copies = len(source) - len(kinds), curate.find_copies(images, h)
+    first, copies = len(source) - len(kinds), curate.find_copies(images)
     for kind in changes:
         planted = {first + j for j, k in enumerate(kinds) if k == kind}
         found = {c.second: c.reason for c in copies if c.second in planted and source[c.first] == source[c.second]}
@@ -196,8 +196,7 @@ def test_a_hundred_equal_files_make_one_group(tmp_path):
     cells = images_of('solar_cells')
     for i in range(100): (tmp_path/f'{i:03}.png').write_bytes(cells.files[3].read_bytes())
     images = ImageSet(sorted(tmp_path.glob('*.png')) + cells.files[:60])
-    h = own_vectors('solar_cells')
-    copies = curate.find_copies(images, torch.cat([h[[3]*100], h[:60]]))
+    copies = curate.find_copies(images)
     groups = curate.copy_groups(copies)
     assert len(groups[0]) == 101 and groups[0][-1] == 103 and len(copies) <= 105
 
@@ -216,29 +215,29 @@ def test_the_index_finds_nearly_all_neighbors(monkeypatch):
     queries, exact = bank[::100], nearest(bank, bank[::100], 10)
     used = []
     monkeypatch.setattr(neighbors, '_search', lambda *args, real=neighbors._search: used.append(1) or real(*args))
-    sims, idxs = neighbors.neighbors_of(bank, queries)
+    sims, idxs = neighbors.NeighborIndex(bank).search(queries)
     assert used
     shared = [len(set(a) & set(b)) for a, b in zip(idxs.tolist(), exact[1].tolist())]
     assert np.mean(shared)/10 >= .95
     assert torch.allclose(sims, (bank[idxs]*queries[:, None]).sum(2), atol=1e-5)
 
 def test_up_to_the_limit_and_for_few_queries_search_is_exact(monkeypatch):
-    monkeypatch.setattr(neighbors, '_by_index', lambda *_: pytest.fail('an index was used'))
+    monkeypatch.setattr(neighbors.NeighborIndex, '_approximate', lambda *_: pytest.fail('an index was used'))
     bank = in_clusters(1500)
-    assert all(torch.equal(a, b) for a, b in zip(neighbors.neighbors_of(bank, bank, 7, 1500), nearest(bank, bank, 7)))
-    neighbors.neighbors_of(bank, bank[:200], 7, 100)
+    assert all(torch.equal(a, b) for a, b in zip(neighbors.NeighborIndex(bank, 1500).search(bank, 7), nearest(bank, bank, 7)))
+    neighbors.NeighborIndex(bank, 100).search(bank[:200], 7)
 
 def test_without_the_package_search_is_exact_and_says_so(monkeypatch):
     monkeypatch.setattr(neighbors, 'find_spec', lambda name: None)
     bank = in_clusters(1500)
     with pytest.warns(UserWarning, match=r'1,500 vectors.*simclr_nb\[index\]'):
-        found = neighbors.neighbors_of(bank, bank, 7, 1000)
+        found = neighbors.NeighborIndex(bank, 1000).search(bank, 7)
     assert all(torch.equal(a, b) for a, b in zip(found, nearest(bank, bank, 7)))
 
 def test_hard_vectors_are_searched_until_enough_is_found():
     pytest.importorskip('faiss')
     bank = F.normalize(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    sims, _ = neighbors.neighbors_of(bank, bank, 10, 1000)
+    sims, _ = neighbors.NeighborIndex(bank, 1000).search(bank, 10)
     assert neighbors.recall_of(sims, nearest(bank, bank, 10)[0]) >= .95
 
 
@@ -303,7 +302,7 @@ def test_lists_and_page(run):
 def test_nothing_is_overwritten_or_computed_before_the_settings_are_known_to_work(run, monkeypatch):
     works(*curated(run))
     before = files_in(run)
-    monkeypatch.setattr(curate, 'embed_images', lambda *_, **__: pytest.fail('vectors were computed'))
+    monkeypatch.setattr(vectors, 'embed_images', lambda *_, **__: pytest.fail('vectors were computed'))
     assert 'duplicates.csv is there already: give --overwrite' in refused(*curated(run))
     assert 'say with --out' in refused('curate', str(run/'encoder.safetensors'), str(run.parent/'data'))
     assert 'is a file' in refused(*curated(run, '--out', str(run/'config.json')))
@@ -322,8 +321,8 @@ def test_what_fails_leaves_the_old_lists(run, monkeypatch):
 
 def test_vectors_are_used_only_where_they_fit(run, monkeypatch):
     works('embed', str(run), str(run.parent/'data'), '--num-workers', '0')
-    counted, real = [], curate.embed_images
-    monkeypatch.setattr(curate, 'embed_images', lambda *a, **k: counted.append(1) or real(*a, **k))
+    counted, real = [], vectors.embed_images
+    monkeypatch.setattr(vectors, 'embed_images', lambda *a, **k: counted.append(1) or real(*a, **k))
     assert f'vectors: {run}/vectors.safetensors' in works(*curated(run)) and not counted
     file = sorted((run.parent/'data/mono').glob('*.png'))[1]
     os.utime(file, (2e9, 2e9))

@@ -214,6 +214,7 @@ dataset.views(0, 1)
 print(1024*(kilobytes('VmHWM') - before))
 '''
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('mode, most', [('RGB', 8), ('RGBA', 10.5), ('I;16', 10)])
 def test_a_large_picture_is_not_copied_many_times(tmp_path, mode, most):
@@ -451,6 +452,7 @@ def test_autoaugment_leaves_the_generators_of_gpus_alone():
     assert torch.equal(transform.apply(x, params), first)
 
 
+@pytest.mark.process
 def test_pictures_of_phones(tmp_path):
     "HEIC, from a folder and from a tar file, upright; where its package is missing the error says so."
     heif = pytest.importorskip('pillow_heif')

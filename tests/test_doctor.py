@@ -8,10 +8,12 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
+import forks
+
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.training.callbacks import FreezeEncoderCallback
 from simclr_nb.training.history import HistoryCallback, read_history
-from simclr_nb.features.copies import check_images
+from simclr_nb.features.copies import image_advice
 from simclr_nb.data.sources import augmentations_for
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.training.checks import plan_advice
@@ -289,12 +291,14 @@ old_columns = ('step,epoch,loss,contrastive_accuracy,contrastive_entropy,alignme
 
 def test_a_history_of_before_goes_on(images, tmp_path):
     file = tmp_path/'history.csv'
-    with pytest.raises(SystemExit): run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)])
+    cbs = [CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)]
+    with pytest.raises(SystemExit): run(images, 6, cbs=cbs)
     whole = file.read_text().splitlines()
     cut = [','.join(line.split(',')[:12]) for line in whole]
     assert cut[0] == old_columns and len(cut) == 16
     file.write_text('\n'.join([*cut[:-1], cut[-1][:40]]) + '\n')                     # the last line broke off
-    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), OnlineMeasuresCallback(every=6, images=20, views=2)])
+    measures = OnlineMeasuresCallback(every=6, images=20, views=2)
+    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), measures])
     history = read_history(file)
     assert history['step'].tolist() == [*range(1, 15), *range(16, 31), 30]
     assert file.read_text().splitlines()[1:15] == whole[1:15] and np.isfinite(history['rankme'][-1])
@@ -304,22 +308,23 @@ def test_a_history_of_before_goes_on(images, tmp_path):
 
 def test_copies_and_unreadable_files(tmp_path):
     healthy = textures(tmp_path/'healthy', 60)
-    assert check_images(healthy) == {}
+    assert image_advice(healthy) == {}
     copies = textures(tmp_path/'copies', 60)
     for i in range(4): healthy[i].save(tmp_path/f'copies/{i:04}-again.bmp')
     sick = ImageSet(sorted((tmp_path/'copies').iterdir()))
-    said = check_images(sick)
+    said = image_advice(sick)
     assert list(said) == ['copies'] and '8 of 64 images' in said['copies'] and '0000-again.bmp' in said['copies']
     copies.files[50].write_text('no image')
-    assert '1 of 60 files looked at cannot be read' in check_images(copies)['unreadable']
+    assert '1 of 60 files looked at cannot be read' in image_advice(copies)['unreadable']
 
 def pretrain(folder, out, *more):
     options = ('--arch resnet18_0.125x --size 16 --batch-size 16 --epochs 2 --lr 0.1 --num-workers 0 '
                '--measure-every 1').split()
     command = [sys.executable, '-m', 'simclr_nb', 'pretrain', folder, '--out', out, *options, *more]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
+    return forks.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
 
+@pytest.mark.process
 def test_the_command(tmp_path):
     textures(tmp_path/'healthy', 40)
     done = pretrain(tmp_path/'healthy', tmp_path/'run')
@@ -328,6 +333,7 @@ def test_the_command(tmp_path):
     history = read_history(tmp_path/'run'/'history.csv')
     assert np.isfinite(history['rankme']).sum() == np.isfinite(history['lidar']).sum() == 2
 
+@pytest.mark.process
 def test_the_command_warns_and_can_be_silent(tmp_path):
     sick = tmp_path/'sick'
     textures(sick, 40)

@@ -13,7 +13,7 @@ from simclr_nb.evaluation import protocols
 from simclr_nb.data.sources import train_test_splits
 from simclr_nb.encoder import build_encoder, save_encoder
 from simclr_nb.evaluation.candidates import Candidate, pixels_encoder
-from simclr_nb.evaluation.protocols import EvalSuite, run_protocol, run_protocols, summarize
+from simclr_nb.evaluation.protocols import EvalSettings, EvalSuite, run_protocol, run_protocols, summarize
 
 
 def simclr(*args):
@@ -67,9 +67,9 @@ def net(seed=0):
     return build_encoder('resnet18_0.25x', 24)
 
 
-def suite(images, **kwargs):
+def suite(images, folder=None, **settings):
     pair = [Candidate('pixels', pixels_encoder(12), 24), Candidate('simclr', net(), 24)]
-    return EvalSuite(pair, *train_test_splits(images), num_workers=0, **kwargs)
+    return EvalSuite(pair, *train_test_splits(images), EvalSettings(num_workers=0, **settings), folder=folder)
 
 
 def quiet(line): pass
@@ -83,7 +83,7 @@ def test_three_runs_are_one_mean_with_an_interval(folder, runs, tmp_path):
     report = json.loads((tmp_path/'report/report.json').read_text())
     assert report['evaluated_on']['runs'] == 3 and len(report['scores']) == 2*2*4
     for s in report['scores']:
-        score, draws = s['balanced accuracy'], 1 if (s['protocol'], s['fraction']) == ('knn', 1) else 3
+        score, draws = s['balanced_accuracy'], 1 if (s['protocol'], s['fraction']) == ('knn', 1) else 3
         runs_of_it = 3 if s['encoder'] in ('simclr', 'untrained') else 1        # each began with weights of its own
         assert s['runs'] == runs_of_it and len(score['values']) == runs_of_it*draws and len(s['seeds']) == draws
         assert score['low'] <= score['mean'] <= score['high'] and 'chosen_on' in s['choice']
@@ -155,10 +155,10 @@ def test_a_choice_on_the_test_part_would_be_seen(folder, monkeypatch):
     def peeking(self, c, some, seed):
         bank, queries = self.features_of(c, some, seed)
         def reached(k):
-            guess = protocols.knn_predict(bank, self.train.labels[some], queries, k).numpy()
+            guess = protocols.NeighborClassifier(k).fit(bank, self.train.labels[some]).predict(queries)
             return (guess == self.test.labels).mean()
         choice = dict(k=max(range(1, 40), key=reached))
-        return {'choice': choice, 'predictions': self.test.labels, 'balanced accuracy': 0}
+        return {'choice': choice, 'predictions': self.test.labels, 'balanced_accuracy': 0}
     monkeypatch.setattr(EvalSuite, 'knn', peeking)
     honest, other = suite(folder), with_other_test_images(suite(folder))
     one, two = ([r['choice'] for r in run_protocol(s, 'knn', 1., [0], quiet)] for s in (honest, other))
@@ -184,7 +184,7 @@ def test_each_image_is_decoded_once_for_all_encoders(folder, monkeypatch):
     monkeypatch.setattr(data.EvalDataset, '__getitem__', counted)
     many = [Candidate('pixels', pixels_encoder(12), 24), Candidate('pca', pixels_encoder(12), 24),
             *[Candidate('untrained', net(i), 24, run=i) for i in range(2)], Candidate('simclr', net(3), 24)]
-    EvalSuite(many, *train_test_splits(folder), num_workers=0)
+    EvalSuite(many, *train_test_splits(folder), EvalSettings(num_workers=0))
     assert len(opened) == len(set(opened)) == 120
 
 

@@ -11,8 +11,12 @@ from simclr_nb.data.sets import ImageSet
 from simclr_nb.features.copies import find_near_duplicates
 from simclr_nb.features.extract import extract_features
 from simclr_nb.features.metrics import accuracy
-from simclr_nb.features.neighbors import knn_predict, nearest
+from simclr_nb.features.neighbors import NeighborClassifier, nearest
 from simclr_nb.features.spectrum import effective_rank
+
+
+def knn_predict(bank, labels, queries, k, temperature=.1):
+    return torch.from_numpy(NeighborClassifier(k, temperature).fit(bank, labels).predict(queries))
 
 
 def cells(n): return load_images('solar_cells').subset(range(n))

@@ -5,7 +5,9 @@ from html.parser import HTMLParser
 
 import numpy as np, pytest, torch
 from PIL import Image
-from simclr_nb.features.neighbors import nearest_to_each
+
+import forks
+from simclr_nb.features.neighbors import NeighborIndex
 from simclr_nb.pictures.pages import html_map
 from simclr_nb.pictures.plots import plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
 
@@ -21,7 +23,7 @@ def page(tmp_path_factory):
     xy = torch.stack([angle.cos(), angle.sin()], 1)
     grays = [Image.new('RGB', (20, 30), (i*255//299,)*3) for i in range(300)]
     path = tmp_path_factory.mktemp('map')/'map.html'
-    near = nearest_to_each(xy, 4)
+    near = NeighborIndex(xy).search_each(4)[1]
     return html_map(path, xy, grays, np.arange(300) % 3, evil, near, title='Grays & <i>angles</i>')
 
 def data_of(text): return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
@@ -142,11 +144,12 @@ def test_a_thumbnail_is_the_image(page):
 
 # What a collapsed or foreign set must not break
 
+@pytest.mark.process
 @pytest.mark.parametrize('h', ['zeros(40, 8)', 'ones(40, 8)', 'rand(40, 1)*torch.ones(8)'])
 def test_vectors_of_one_direction_are_one_point_and_a_warning(h):
     "In a process of its own: t-SNE ended the interpreter (exit 139)."
     code = f'import torch; from simclr_nb.pictures.plots import project_2d; print(abs(project_2d(torch.{h})).max())'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    done = forks.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == '0.0' and 'all 40 vectors have one direction' in done.stderr
 
 def test_a_map_of_nan_is_refused():
@@ -155,7 +158,7 @@ def test_a_map_of_nan_is_refused():
     for method in ('tsne', 'pca'):
         with pytest.raises(ValueError, match='1 of 20 rows of features are not finite .*, the first is row 7'):
             project_2d(h, method)
-    with pytest.raises(ValueError, match='not finite'): nearest_to_each(h)
+    with pytest.raises(ValueError, match='not finite'): NeighborIndex(h).search_each()
 
 def test_names_that_are_not_utf8_are_drawn(tmp_path):
     "Python holds a byte that is not UTF-8 as a lone surrogate, which no font and no encoder takes."

@@ -3,6 +3,10 @@ import os, signal, subprocess, sys, time
 
 import pytest
 
+import forks
+
+pytestmark = pytest.mark.process
+
 common = '''
 import os, signal, sys, time
 from pathlib import Path
@@ -71,7 +75,7 @@ def started(tmp_path, script, method):
     file.write_text(script)
     (tmp_path/'images').mkdir()
     command, pipe = [sys.executable, str(file), str(tmp_path/'images'), method], subprocess.PIPE
-    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT,
+    return forks.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
 def end_all(process):

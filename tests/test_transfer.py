@@ -9,7 +9,8 @@ from torchvision import datasets
 
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.evaluation import transfer as module
-from simclr_nb.evaluation.transfer import transfer, transfer_linear
+from simclr_nb.evaluation.classifier import ClassifierSettings
+from simclr_nb.evaluation.transfer import transfer_linear, transfer_table
 from simclr_nb.evaluation.transfer_sets import find_transfer, transfer_sets, transfer_splits
 
 HUES = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
@@ -150,19 +151,21 @@ def test_a_damaged_set_is_not_passed_over(tmp_path):
     with pytest.raises(KeyError): find_transfer(tmp_path, ['Aircraft'])
 
 
+here = ClassifierSettings(fraction=.2, num_workers=0)
+
 def tone(): return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
 
 def test_linear_transfer_chooses_on_validation_images_only(every_set):
     "Wrong labels in the test set change the score and nothing else."
     splits = transfer_splits('Aircraft', every_set)
-    kw = dict(metric='balanced accuracy', size=32, l2=np.logspace(-4, 2, 5), num_workers=0)
+    kw = dict(metric='balanced_accuracy', size=32, s=here, l2=np.logspace(-4, 2, 5))
     right = transfer_linear(tone(), splits, **kw)
-    assert right['balanced accuracy'] == 100 and len(right['tried']) == 5
+    assert right['balanced_accuracy'] == 100 and len(right['tried']) == 5
     t = splits['test']
     wrong = transfer_linear(tone(), splits | dict(test=ImageSet(t.files, (t.labels + 1) % 3, t.classes)), **kw)
-    assert wrong['tried'] == right['tried'] and wrong['chosen'] == right['chosen'] and wrong['balanced accuracy'] == 0
-    np.testing.assert_array_equal(wrong['scores'], right['scores'])
+    assert wrong['tried'] == right['tried'] and wrong['chosen'] == right['chosen'] and wrong['balanced_accuracy'] == 0
+    np.testing.assert_array_equal(wrong['logits'], right['logits'])
 
 
 def test_linear_transfer_trains_on_both_parts_in_the_end(every_set):
@@ -173,8 +176,8 @@ def test_linear_transfer_trains_on_both_parts_in_the_end(every_set):
         centers = torch.stack([h[y == c].mean(0) for c in range(3)])
         return lambda x: [-torch.cdist(x, centers) for _ in l2]
     splits = transfer_splits('Flowers', every_set)
-    out = transfer_linear(tone(), splits, 'balanced accuracy', 32, l2=[1., 2.], fit=fit, num_workers=0)
-    assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['balanced accuracy'] == 100
+    out = transfer_linear(tone(), splits, 'balanced_accuracy', 32, here, [1., 2.], fit)
+    assert asked == [(18, [1., 2.]), (30, [out['chosen']])] and out['balanced_accuracy'] == 100
 
 
 # Sets that cannot be evaluated
@@ -186,7 +189,7 @@ def birds(root, train=HUES, test=HUES):
 
 
 def quick(root, **kwargs):
-    return transfer({'a': tone()}, root, 32, protocols=['linear'], linear=dict(l2=[.01, 1.]), num_workers=0, **kwargs)
+    return transfer_table({'a': tone()}, root, 32, here, protocols=['linear'], l2=[.01, 1.], **kwargs)
 
 
 def test_a_set_of_one_class_is_named_and_stops_no_other(tmp_path):
@@ -211,11 +214,11 @@ def test_an_error_names_the_set_the_protocol_and_the_encoder(tmp_path):
     class Nan(torch.nn.Module):
         def forward(self, x): return x.flatten(1)*torch.nan
     with pytest.raises(ValueError, match='Birdsnap, linear, broken: the features of 14 of 14 images are not finite'):
-        transfer({'broken': Nan()}, tmp_path, 32, ['Birdsnap'], num_workers=0)
+        transfer_table({'broken': Nan()}, tmp_path, 32, here, ['Birdsnap'])
     with pytest.raises(ValueError, match='Birdsnap, finetuned, a: lr must be a number, above 0, got 0'):
-        transfer({'a': tone()}, tmp_path, 32, ['Birdsnap'], ['finetuned'], grids={'a': dict(lr=0)}, num_workers=0)
+        transfer_table({'a': tone()}, tmp_path, 32, here, ['Birdsnap'], ['finetuned'], {'a': dict(lr=0)})
     with pytest.raises(ValueError, match="the protocols are 'linear' and 'finetuned', got"):
-        transfer({'a': tone()}, tmp_path, 32, ['Birdsnap'], ['linaer'])
+        transfer_table({'a': tone()}, tmp_path, 32, here, ['Birdsnap'], ['linaer'])
 
 
 # Answers that are kept
@@ -255,7 +258,7 @@ def test_a_damaged_answer_is_computed_again(kept):
     for data in (good[:len(good)//2], b'', b'no zip file'):
         file.write_bytes(data)
         with pytest.warns(UserWarning, match=f'{file.name} is damaged'): run()
-        with np.load(file) as stored: assert 'scores' in stored
+        with np.load(file) as stored: assert 'logits' in stored
 
 
 def test_a_disk_that_fills_up_leaves_no_half_of_cifar(every_set, monkeypatch):
