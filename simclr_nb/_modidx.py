@@ -943,8 +943,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'simclr_nb/evaluation/classifier.py'),
                                                  'simclr_nb.evaluation.classifier.fit_cosine': ( 'evaluation/classifier.html#fit_cosine',
                                                                                                  'simclr_nb/evaluation/classifier.py'),
-                                                 'simclr_nb.evaluation.classifier.joined': ( 'evaluation/classifier.html#joined',
-                                                                                             'simclr_nb/evaluation/classifier.py'),
                                                  'simclr_nb.evaluation.classifier.n_outputs': ( 'evaluation/classifier.html#n_outputs',
                                                                                                 'simclr_nb/evaluation/classifier.py'),
                                                  'simclr_nb.evaluation.classifier.reached': ( 'evaluation/classifier.html#reached',

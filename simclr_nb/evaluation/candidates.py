@@ -66,6 +66,22 @@ def evaluation_folder(
     title = found[0].title if len(found) == 1 else f'{found[0].title}-and-{len(found) - 1}-more'
     return run_folder(out or f'runs/{title}-evaluation', data)
 
+# %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
+def pixels_encoder(
+    side:int, # of the averaged image, pixels
+)->nn.Module: # (B, 3, size, size) to (B, 3·side·side)
+    "No network at all: the pixels of an image, averaged to a smaller one."
+    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+
+def principal_components(
+    bank, queries, # (n, d) and (m, d) features
+    components:int=128, # at most
+)->tuple: # both, (n, k) and (m, k)
+    "Features after a PCA of the bank."
+    k = min(components, *bank.shape)
+    pca = PCA(k, random_state=0).fit(bank.cpu().numpy())
+    return tuple(torch.from_numpy(pca.transform(h.cpu().numpy())).to(bank.device) for h in (bank, queries))
+
 # %% ../../nbs/evaluation/04_candidates.ipynb #e1549ef6
 def head_of(
     run:Path|None, # folder of a run
@@ -190,19 +206,3 @@ def read_as(
     "A set, read as the one on which an encoder was trained."
     info = encoder.config
     return with_channels(images, info['channels'], **info['pixels']) if info.get('pixels') else images
-
-# %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
-def pixels_encoder(
-    side:int, # of the averaged image, pixels
-)->nn.Module: # (B, 3, size, size) to (B, 3·side·side)
-    "No network at all: the pixels of an image, averaged to a smaller one."
-    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-
-def principal_components(
-    bank, queries, # (n, d) and (m, d) features
-    components:int=128, # at most
-)->tuple: # both, (n, k) and (m, k)
-    "Features after a PCA of the bank."
-    k = min(components, *bank.shape)
-    pca = PCA(k, random_state=0).fit(bank.cpu().numpy())
-    return tuple(torch.from_numpy(pca.transform(h.cpu().numpy())).to(bank.device) for h in (bank, queries))

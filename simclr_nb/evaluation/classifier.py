@@ -308,8 +308,3 @@ def reached(
     "The metric of a report, percent; -inf where training diverged."
     try: return report()[metric]
     except FloatingPointError: return -math.inf
-
-def joined(a:ImageSet, b:ImageSet|None)->ImageSet:
-    "Both sets as one; a itself where there is no b."
-    if b is None: return a
-    return ImageSet(a.files + b.files, np.concatenate([a.labels, b.labels]), a.classes)

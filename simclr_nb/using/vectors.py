@@ -114,7 +114,7 @@ def embed_images(
     "The vectors of images, as the encoder is meant to see them."
     found = find_encoder(encoder)
     c, images = candidate(found, layer, crop), read_as(images, found.encoder)
-    h, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.how())
+    h, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.reading)
     kept = idxs.tolist()
     left_out = [shown(images.files[i]) for i in sorted(set(range(len(images))) - set(kept))]
     return Vectors([shown(images.files[i].resolve()) for i in kept], h, about_encoder(c, layer)), left_out
@@ -142,7 +142,7 @@ def search_images(
     "The nearest images to each of some images."
     c = encoder_of(encoder, vectors.about)
     images = read_as(images, find_encoder(encoder).encoder)
-    queries, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.how())
+    queries, idxs = extract_features(c.encoder, images, num_workers=num_workers, **c.reading)
     cosines, rows = NeighborIndex(vectors.h).search(queries, min(k + 1, len(vectors.h)))
     found = {}
     for i, near, row in zip(idxs.tolist(), cosines.tolist(), rows.tolist()):
