@@ -139,7 +139,7 @@ def apply_where(
     if not len(rows): return others
     return others.index_copy(0, rows, f(x[rows], *[p[rows] for p in params]).clamp(0, 1))
 
-# %% ../nbs/01_augmentations.ipynb #5b777229
+# %% ../nbs/01_augmentations.ipynb #522f18d7
 class RandomTransform:
     "A random operation: `n_params` numbers say what is done to an image, zeros leave it unchanged."
     n_params = 1
@@ -316,9 +316,7 @@ class Augmentation:
     )->tuple: # (boxes, one for each view; params (V, P) float32)
         "The boxes and parameters of an image's views: the key decides, and nothing else."
         if self.one_branch: boxes, params = self._draw_one_branch(key, width, height)
-        else:
-            rngs = [keyed_rng(*key, view) for view in range(self.n_views)]
-            boxes, params = zip(*[self.draw(rng, width, height) for rng in rngs])
+        else: boxes, params = zip(*[self.draw(keyed_rng(*key, v), width, height) for v in range(self.n_views)])
         return boxes, np.array(params, dtype=np.float32)
     def with_views(self, n_views:int)->'Augmentation':
         "The same augmentation with this many independent views."
