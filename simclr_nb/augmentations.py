@@ -27,8 +27,7 @@ def per_image(p, x):
     check_images(x)
     like = dict(dtype=x.dtype, device=x.device)
     p = torch.full((1,), p, **like) if isinstance(p, (int, float)) else torch.as_tensor(p, **like)
-    if p.numel() not in (1, len(x)):
-        raise ValueError(f'{len(x)} images take one parameter or {len(x)}, got {p.numel()}')
+    if p.numel() not in (1, len(x)): raise ValueError(f'{len(x)} images take 1 parameter or {len(x)}, got {p.numel()}')
     return p.reshape(-1, 1, 1, 1)
 
 # %% ../nbs/01_augmentations.ipynb #c07065d6

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/00a_core.ipynb #fe761719
@@ -152,7 +153,8 @@ def load_strict(
     }
     problems = [f'{len(names)} {what}: {listing(names, 5)}.' for what, names in wrong.items() if names]
     if problems: raise ValueError(f'{source} does not fit the network. {" ".join(problems)}')
-    module.load_state_dict(tensors)
+    want.update(tensors)                # the same names; a state_dict also says the versions of the layers
+    module.load_state_dict(want)
 
 # %% ../nbs/00a_core.ipynb #a6aa97aa
 class BadCheckpoint(ValueError):
@@ -265,8 +267,8 @@ def eval_mode(
 def unwrap(
     net:nn.Module, # wrapped or not
 )->nn.Module: # what is inside
-    "The network without `DistributedDataParallel` and `torch.compile` around it."
-    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
+    "The network without `DistributedDataParallel`, `torch.compile` or an average of weights around it."
+    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
     while isinstance(net, wrappers) or hasattr(net, '_orig_mod'):
         net = net.module if isinstance(net, wrappers) else net._orig_mod
     return net

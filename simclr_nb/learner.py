@@ -22,12 +22,12 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import can_send, eval_mode, get_rank, get_world_size, unwrap
 from .augmentations import Augmentation, crop_views
-from .encoder import adapt_channels, build_encoder, feature_dim, safe_layout, save_encoder as write_encoder
+from .encoder import adapt_channels, build_encoder, save_encoder as write_encoder
 from .projection import SimCLR, projection_head
 from .ntxent import NTXentLoss
 from .lars import LARS, param_groups, schedule_plan
 from .distributed import gather_rows, launched_processes, process_group
-from .weights.files import pretrained
+from .weights.files import named_encoder
 from .data.datasets import check_batch
 from .data.sets import ImageSet
 from .data.sources import load_images
@@ -36,7 +36,7 @@ from .training.callbacks import (DistributedTrainingCallback, LateLossesCallback
 from .training.checks import doctor_cbs
 from .training.history import ContrastiveMetricsCallback
 from .training.loaders import adapt_encoder, make_dls, recipe_for
-from .training.memory import checkpoint_activations
+from .training.memory import checkpoint_activations, safe_layout
 from .training.views import crops_to_views, fast_apply, first_views, show_views, unit_range
 
 # %% ../nbs/07_learner.ipynb #492a97fe
@@ -205,7 +205,8 @@ class ViewsLearner(BatchesLearner):
     )->Path: # path
         "Save f, without g; `simclr_nb.encoder.load_encoder(path)` builds it again."
         views = need_callback(self, ViewsCallback, self)
-        return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed, **config)
+        return write_encoder(self.encoder, path, size=views.augment.size, seed=views.seed,
+                             **dict(preprocess=None, crop_pct=None) | config)              # prepared as the run's views
 
 # %% ../nbs/07_learner.ipynb #133f0140
 def check_run(epochs, lr, optimizer):
@@ -299,9 +300,9 @@ def build_model(
 )->SimCLR:
     "Encoder and head, as a run begins with them."
     with no_random(seed):
-        encoder = pretrained(weights, arch, size) if weights else build_encoder(arch, size, stem)
+        encoder = named_encoder(weights, arch, size, stem) if weights else build_encoder(arch, size, stem)
         if channels: adapt_channels(encoder, channels)
-        if not isinstance(head, nn.Module): head = projection_head(feature_dim(encoder, size), head, projection_dim)
+        if not isinstance(head, nn.Module): head = projection_head(encoder.num_features, head, projection_dim)
     if grad_checkpoint: encoder = checkpoint_activations(encoder)
     return SimCLR(encoder, head, micro_batch)
 
@@ -334,14 +335,14 @@ def keep_batch_size(learn:SimCLRLearner, data, batch_size:int|None):
 # %% ../nbs/07_learner.ipynb #e71c1119
 def simclr_learner(
     data, # folder of images, name of a preset, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
-    arch='resnet50', # see `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', a timm name, an nn.Module
+    arch='resnet50', # 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …, as for `build_encoder`; or an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
     batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
-    weights=None, # to start from, as for `pretrained`: an encoder file, 'timm:NAME', …; None: random
+    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', 'official:PATH', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
@@ -362,10 +363,11 @@ def simclr_learner(
     model = build_model(arch, size, weights=weights, stem=stem, channels=depth and depth.channels, head=head,
         projection_dim=projection_dim, micro_batch=micro_batch, grad_checkpoint=grad_checkpoint, seed=seed)
     adapt_encoder(model.encoder, images)
+    start = unwrap(model.encoder).config.get('start')
     memory_format = to_layout(model, arch, memory_format)
     dls = make_dls(images, augment, seed, num_workers, cache_mb, batch_size)
     metrics = ContrastiveMetricsCallback(temperature)
-    own_cbs = [ViewsCallback(augment, seed, memory_format), metrics, *doctor_cbs(arch, weights)]
+    own_cbs = [ViewsCallback(augment, seed, memory_format), metrics, *doctor_cbs(arch, weights or start)]
     learn = contrastive_learner(dls, model, loss, metrics.metrics(), own_cbs, **optimization)
     learn.optimizer = None if 'opt_func' in kwargs else optimizer
     keep_batch_size(learn, data, batch_size)

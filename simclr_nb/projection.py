@@ -90,7 +90,7 @@ def _check_weights(kind, dim_in, hidden, dim_out, layers):
                          f'got dim_in={dim_in}, dim_out={dim_out}, hidden={hidden}, layers={layers}')
 
 def projection_head(
-    dim_in:int, # d, the encoder's `feature_dim`
+    dim_in:int, # d, the encoder's `num_features`
     kind:str='nonlinear', # 'none', 'linear' or 'nonlinear', the paper's best (its figure 8)
     dim_out:int=128, # D, the size of z; the paper's choice; without meaning for 'none'
     hidden:int|None=None, # width of the hidden layers of 'nonlinear'; None: dim_in, as in the official code

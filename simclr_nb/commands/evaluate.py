@@ -17,7 +17,7 @@ from simclr_nb.commands.options import (
 # %% ../../nbs/commands/04_evaluate.ipynb #8c286dff
 @dataclass(kw_only=True)
 class Input:
-    # first an encoder (folder of a run, encoder file, or timm name such as timm/resnet50.a1_in1k), or several runs
+    # first an encoder (folder of a run, encoder file, timm:NAME, torchvision:NAME, official:PATH), or several runs
     # that differ in their seed; last the labeled images (a folder with one subfolder for each class, or solar_cells,
     # cifar10, imagenette)
     encoders_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER… DATA')]

@@ -17,7 +17,7 @@ from .options import (
 @dataclass(kw_only=True)
 class Transfer:
     "Table 8: an encoder on other data sets, linear and fine-tuned, beside random weights. The same command resumes."
-    encoder: Positional[str] # folder of a run, encoder file, or timm name
+    encoder: Positional[str] # folder of a run, encoder file, timm:NAME, …
     root: Positional[str] # folder of the sets: ROOT/SET/train and ROOT/SET/test, or as torchvision keeps them
     sets: several(str) = () # which of table 8, as in Pets,Flowers; all that are there if not given
     protocol: several(str, 'linear', 'finetuned') = ('linear', 'finetuned') # which, with commas between

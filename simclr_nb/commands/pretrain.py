@@ -37,7 +37,7 @@ class Data:
 
 @dataclass(kw_only=True)
 class Network:
-    arch: str = 'resnet50' # resnet18 to resnet152, with a width as in resnet50_2x, a timm name, or torchvision/NAME
+    arch: str = 'resnet50' # resnet18 to resnet152, with a width as in resnet50_2x, timm:NAME, or torchvision:NAME
     # start: encoder file, folder of a run, timm:NAME, torchvision:NAME, official:CHECKPOINT, or a file of plain
     # weights of --arch; None: random weights
     weights: AnyText = None

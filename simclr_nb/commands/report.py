@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastai.torch_core import default_device
 from ..core import atomic_write, plural, shown, write_json
-from ..encoder import encoder_info, load_encoder
+from ..encoder import load_encoder
 from ..data.sources import load_images, presets
 from ..features.copies import find_near_duplicates
 from ..features.neighbors import NeighborIndex
@@ -107,7 +107,7 @@ def report_facts(
         pretraining_complete=None if None in complete else all(complete),
         test_seen_in_pretraining=max((n for n in seen if n is not None), default=None))
     how = dict(k=s.k, seeds=list(s.seeds), metric='balanced accuracy, %')
-    paper = paper_numbers(s.data, encoder_info(encoders[0].encoder)['arch'], train.classes) if s.layer == 'h' else []
+    paper = paper_numbers(s.data, encoders[0].encoder.config['arch'], train.classes) if s.layer == 'h' else []
     return dict(scores=found.summary, skipped=found.skipped, paper=paper, evaluated_on=images | encoder | how)
 
 # %% ../../nbs/commands/05_report.ipynb #7cce1fb4
@@ -282,7 +282,7 @@ def run_transfer(
     s:Transfer, # settings
 )->tuple: # rows as from `transfer_rows`, and {set: why it is left out}
     "Table 8 for an encoder."
-    names, info = list(s.sets or transfer_sets), encoder_info(found.encoder)
+    names, info = list(s.sets or transfer_sets), found.encoder.config
     for n in names:
         if n not in transfer_sets: raise ValueError(f'--sets cannot be {n!r}; there are {", ".join(transfer_sets)}')
     encoders = transfer_encoders(found, s.supervised, s.seed)

@@ -15,11 +15,10 @@ import fastai, numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device
 from ..core import get_rank, markdown_table, need, shown
-from ..encoder import encoder_info, load_encoder, save_encoder, set_encoder_info
+from ..encoder import load_encoder, save_encoder
 from ..lars import schedule_plan
 from ..distributed import all_gather_objects, any_rank, launched_processes, process_group
-from ..weights.files import pretrained, save_head
-from ..weights.official import load_official
+from ..weights.files import named_encoder, save_head
 from ..data.channels import with_channels
 from ..data.datasets import check_batch
 from ..data.sources import augmentations_for, load_images, presets
@@ -85,9 +84,7 @@ def start_of(s:Pretrain, out:Path|None=None): # settings, `size` is set; folder 
     if not s.weights: return s.arch
     kept = out/'start.safetensors' if out else None
     if kept and kept.is_file() and not s.overwrite: return load_encoder(kept)
-    if s.weights.startswith('official:'): encoder = load_official(s.weights.removeprefix('official:')).encoder
-    else: encoder = pretrained(s.weights, s.arch, s.size)
-    return set_encoder_info(encoder, size=s.size, start=s.weights, preprocess=None)
+    return named_encoder(s.weights, s.arch, s.size, s.stem)
 
 # %% ../../nbs/commands/03_run.ipynb #35a64c2c
 dtypes = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -158,7 +155,7 @@ def run_config(
     versions = dict(simclr_nb=__version__, torch=str(torch.__version__), fastai=fastai.__version__,
         python=platform.python_version())
     return defining | dict(source=source, images=len(images), negatives=2*(s.batch_size - 1), steps=plan.steps,
-        warmup_steps=plan.warmup, peak_lr=plan.lr, feature_dim=encoder_info(learn.encoder)['feature_dim'],
+        warmup_steps=plan.warmup, peak_lr=plan.lr, feature_dim=learn.encoder.num_features,
         versions=versions)
 
 # %% ../../nbs/commands/03_run.ipynb #f049b07c
@@ -213,7 +210,8 @@ def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:di
         encoder_file=out/'encoder.safetensors', accept_changed_files=s.accept_changed_files)
     measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
     return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'),
-            FreezeEncoderCallback(s.freeze_epochs), *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
+            FreezeEncoderCallback(s.freeze_epochs), *make_online_eval(s, images), *measures,
+            *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
 class EpochLinesCallback(Callback):
@@ -291,7 +289,7 @@ def stopping(s:Pretrain, learn, log):
 # %% ../../nbs/commands/03_run.ipynb #4ad4a533
 def keep_start(s:Pretrain, out:Path, learn):
     "Keep what a run began with: to go on without a download, and as a baseline of its evaluation."
-    if s.weights and not get_rank() and not (out/'start.safetensors').exists():
+    if learn.encoder.config.get('start') and not get_rank() and not (out/'start.safetensors').exists():
         save_encoder(learn.encoder, out/'start.safetensors')
 
 def pretrain_run(

@@ -18,7 +18,7 @@ from .options import (
 @dataclass(kw_only=True)
 class Embed:
     "Write the vector of every image to a file: for search, for sorting, for other programs."
-    # an encoder (folder of a run, encoder file, or timm name), and images (a folder, or solar_cells, cifar10, …)
+    # an encoder (folder of a run, encoder file, timm:NAME, …), and images (a folder, or solar_cells, cifar10, …)
     encoder_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER DATA')]
     # .safetensors, .npz, or .parquet; None: vectors.safetensors in the folder of the run
     out: AnyText = None
@@ -52,7 +52,7 @@ def embed(s:Embed):
 @dataclass(kw_only=True)
 class Search:
     "Find the images nearest to some images, among those that `simclr embed` has seen."
-    # the encoder (folder of a run, encoder file, or timm name), and the images to look for
+    # the encoder (folder of a run, encoder file, timm:NAME, …), and the images to look for
     encoder_images: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER IMAGE…')]
     vectors: VectorsFile = None
     k: Count = 10 # images to find for each
@@ -111,7 +111,7 @@ def select(s:Select):
 @dataclass(kw_only=True)
 class Curate:
     "Look for copies, oddities and likely wrong labels among images: lists, and a page to look at."
-    # an encoder (folder of a run, encoder file, or timm name), and images (a folder, or solar_cells, cifar10, …)
+    # an encoder (folder of a run, encoder file, timm:NAME, …), and images (a folder, or solar_cells, cifar10, …)
     encoder_data: Annotated[Positional[tuple[str, ...]], arg(metavar='ENCODER DATA')]
     vectors: AnyText = None # of simclr embed; None: vectors.safetensors of the run if it fits, else they are computed
     out: AnyText = None # folder for the lists; None: curate in the folder of the run

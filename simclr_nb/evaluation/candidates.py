@@ -9,13 +9,14 @@ __all__ = ['find_encoder']
 from pathlib import Path
 from typing import NamedTuple
 
-import timm, torch
+import torch
 from fastai.torch_core import default_device, no_random
 from sklearn.decomposition import PCA
 from torch import nn
-from ..encoder import encoder_info, load_encoder
+from ..core import unwrap
+from ..encoder import Encoder, load_encoder
 from ..projection import projection_head
-from ..weights.files import load_head, pretrained, reinit
+from ..weights.files import load_head, named_encoder, reinit
 from ..weights.official import preprocess
 from ..data.channels import with_channels
 from ..data.sets import ImageSet
@@ -24,50 +25,36 @@ from ..training.folder import read_json, run_folder
 # %% ../../nbs/evaluation/04_candidates.ipynb #ca9c08d5
 class Found(NamedTuple):
     "An encoder to evaluate, and where it comes from."
-    encoder:nn.Module # that `encoder_info` knows
-    name:str # in tables: 'simclr' or 'timm'
+    encoder:Encoder
+    name:str # in tables: 'simclr', or the library: 'timm', 'torchvision', 'official'
     title:str # of the report, and of its folder
     run:Path|None=None # folder of the run
     crop:float=1. # fraction of a test image's shorter side to keep
 
-
-# %% ../../nbs/evaluation/04_candidates.ipynb #7f3a4204
-def timm_encoder(
-    name:str, # such as 'timm/resnet50.a1_in1k', or without timm/
-)->Found:
-    "A network of timm with the weights that timm downloads."
-    name = name.removeprefix('timm/')
-    if not timm.is_model(name): raise ValueError(f'{name} is no folder, no file, and no timm model: give one of these')
-    encoder = pretrained(f'timm:{name}')
-    return Found(encoder.eval(), 'timm', name, crop=timm.get_pretrained_cfg(name).crop_pct)
-
 # %% ../../nbs/evaluation/04_candidates.ipynb #85431c39
 def find_encoder(
-    name:str|Path, # folder of a run, encoder file, or timm name
+    word:str|Path, # folder of a run, encoder file, timm:NAME, torchvision:NAME, official:PATH
 )->Found:
-    "The encoder that a command names."
-    path = Path(name)
-    if path.is_dir(): return _of_run(path)
-    if path.is_file():
-        title = path.resolve().parent.name if path.stem == 'encoder' else path.stem
-        return Found(load_encoder(path), 'simclr', title)
-    if path.suffix == '.safetensors': raise FileNotFoundError(f'there is no encoder file {path}')
-    return timm_encoder(str(name))
+    "The encoder that a command names, in the words of `named_encoder`."
+    encoder = named_encoder(word).eval()
+    crop = encoder.config.get('crop_pct', 1.)
+    library, _, name = str(word).partition(':')
+    if library in ('timm', 'torchvision'): return Found(encoder, library, name, crop=crop)
+    if library == 'official': return Found(encoder, library, Path(name).name, crop=crop)
+    path = Path(word)
+    if path.is_dir(): return Found(encoder, 'simclr', path.resolve().name, path, crop)
+    title = path.resolve().parent.name if path.stem == 'encoder' else path.stem
+    return Found(encoder, 'simclr', title, crop=crop)
 
-# %% ../../nbs/evaluation/04_candidates.ipynb #599a8a4c
+# %% ../../nbs/evaluation/04_candidates.ipynb #43b50b1f
 def found_module(
-    encoder:nn.Module, # that `encoder_info` knows
+    encoder:Encoder, # may be wrapped for several devices or by `torch.compile`
 )->Found:
     "An encoder in memory."
-    info = encoder_info(encoder)
-    if not info.get('size'):
+    known = unwrap(encoder)
+    if not isinstance(known, Encoder):
         raise ValueError('its size is not known: give the encoder of a learner, or of build_encoder or load_encoder')
-    return Found(encoder, 'simclr', info.get('arch') or 'encoder')
-
-def _of_run(folder):
-    file = folder/'encoder.safetensors'
-    if file.is_file(): return Found(load_encoder(file), 'simclr', folder.resolve().name, folder)
-    raise FileNotFoundError(f'there is no encoder file in {folder}: a run writes it with its first checkpoint')
+    return Found(known, 'simclr', known.config['arch'] or 'encoder')
 
 def evaluation_folder(
     out:str|None, # as set
@@ -78,6 +65,22 @@ def evaluation_folder(
     if out is None and len(found) == 1 and found[0].run: return found[0].run
     title = found[0].title if len(found) == 1 else f'{found[0].title}-and-{len(found) - 1}-more'
     return run_folder(out or f'runs/{title}-evaluation', data)
+
+# %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
+def pixels_encoder(
+    side:int, # of the averaged image, pixels
+)->nn.Module: # (B, 3, size, size) to (B, 3·side·side)
+    "No network at all: the pixels of an image, averaged to a smaller one."
+    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+
+def principal_components(
+    bank, queries, # (n, d) and (m, d) features
+    components:int=128, # at most
+)->tuple: # both, (n, k) and (m, k)
+    "Features after a PCA of the bank."
+    k = min(components, *bank.shape)
+    pca = PCA(k, random_state=0).fit(bank.cpu().numpy())
+    return tuple(torch.from_numpy(pca.transform(h.cpu().numpy())).to(bank.device) for h in (bank, queries))
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #e1549ef6
 def head_of(
@@ -91,12 +94,11 @@ def head_of(
     return load_head(run/'head.safetensors')
 
 def untrained(
-    encoder:nn.Module, # that `encoder_info` knows
+    encoder:Encoder,
     seed:int|None=None, # of its weights; None: as the run had
-)->nn.Module:
+)->Encoder:
     "The same network with random weights."
-    info = encoder_info(encoder)
-    return reinit(info, info.get('seed', 0) if seed is None else seed)
+    return reinit(encoder, encoder.config.get('seed', 0) if seed is None else seed)
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #80423c7e
 def untrained_head(head:nn.Module, seed:int)->nn.Module:
@@ -120,9 +122,9 @@ class Candidate(NamedTuple):
 # %% ../../nbs/evaluation/04_candidates.ipynb #68e687b4
 built_in = 'pixels', 'pca', 'untrained', 'start', 'supervised'
 
-def transform_of(encoder:nn.Module):
+def transform_of(encoder:Encoder):
     "The preprocessing of an encoder that brings its own; None: `size` and `crop`."
-    info = encoder_info(encoder)
+    info = encoder.config
     return preprocess('official', info['size']) if info.get('preprocess') == 'official' else None
 
 def candidate(
@@ -134,14 +136,14 @@ def candidate(
 )->Candidate:
     "An encoder as it is meant to be judged."
     net = nn.Sequential(found.encoder, head_of(found.run)) if layer == 'z' else found.encoder
-    size = encoder_info(found.encoder)['size']
+    size = found.encoder.config['size']
     return Candidate(name or found.name, net.to(default_device()), size, crop or found.crop,
                      transform_of(found.encoder), run)
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #13e145db
 def _untrained(found, layer):
     net = untrained(found.encoder)
-    seed = encoder_info(found.encoder).get('seed', 0)
+    seed = found.encoder.config.get('seed', 0)
     if layer == 'z': net = nn.Sequential(net, untrained_head(head_of(found.run), seed))
     return net.to(default_device())
 
@@ -151,7 +153,7 @@ def _baseline(name, found, like, layer, side):
         return [like._replace(name=name, encoder=pixels_encoder(min(side, like.size)).to(default_device()))]
     if name == 'supervised': return [like._replace(name=name, encoder=_untrained(found[0], 'h'))]
     if name == 'untrained':
-        seeds = [encoder_info(f.encoder).get('seed', 0) for f in found]
+        seeds = [f.encoder.config.get('seed', 0) for f in found]
         first = [f for i, f in enumerate(found) if seeds[i] not in seeds[:i]]
         return [like._replace(name=name, encoder=_untrained(f, layer), run=i) for i, f in enumerate(first)]
     if name == 'start':
@@ -193,30 +195,14 @@ def check_repetitions(found:list): # of `Found`
 def _settings(found):
     "What defines a run; of a bare encoder file, the network."
     config = read_json(found.run/'config.json') if found.run else {}
-    info = {k: encoder_info(found.encoder).get(k) for k in ('arch', 'size', 'stem')}
+    info = {k: found.encoder.config.get(k) for k in ('arch', 'size', 'stem')}
     return info | {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
 
 # %% ../../nbs/evaluation/04_candidates.ipynb #53ddbe14
 def read_as(
     images:ImageSet,
-    encoder, # that `encoder_info` knows
+    encoder:Encoder,
 )->ImageSet:
     "A set, read as the one on which an encoder was trained."
-    info = encoder_info(encoder)
+    info = encoder.config
     return with_channels(images, info['channels'], **info['pixels']) if info.get('pixels') else images
-
-# %% ../../nbs/evaluation/04_candidates.ipynb #3d214987
-def pixels_encoder(
-    side:int, # of the averaged image, pixels
-)->nn.Module: # (B, 3, size, size) to (B, 3·side·side)
-    "No network at all: the pixels of an image, averaged to a smaller one."
-    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-
-def principal_components(
-    bank, queries, # (n, d) and (m, d) features
-    components:int=128, # at most
-)->tuple: # both, (n, k) and (m, k)
-    "Features after a PCA of the bank."
-    k = min(components, *bank.shape)
-    pca = PCA(k, random_state=0).fit(bank.cpu().numpy())
-    return tuple(torch.from_numpy(pca.transform(h.cpu().numpy())).to(bank.device) for h in (bank, queries))

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD
 from ..core import TooFewImages, listing, shown
 from ..augmentations import Augmentation, RandomFlip, RandomResizedCrop
-from ..encoder import build_encoder, feature_dim, safe_layout
+from ..encoder import build_encoder, features_of
 from ..lars import learning_rate
 from ..data.sets import ImageSet, stratified_split
 from ..data.sources import load_images
@@ -32,6 +32,7 @@ from ..features.metrics import check_classes, check_features, check_number, metr
 from ..training.callbacks import MeanMetric, SanityChecksCallback, StepScheduleCallback
 from ..training.folder import read_json
 from ..training.loaders import adapt_encoder, recipe_for, train_dls
+from ..training.memory import safe_layout
 from ..training.online import zero_linear
 from ..learner import SimCLRLearner, ViewsCallback, contrastive_learner
 
@@ -121,7 +122,7 @@ def supervised_learner(
         raise ValueError(f'supervised_learner takes one class for each image, got labels {images.labels.shape}')
     with no_random(seed):
         encoder = adapt_encoder(build_encoder(arch, size), images)
-        model = nn.Sequential(encoder, nn.Linear(feature_dim(encoder, size), classes))
+        model = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
     dls = train_dls(images, augment, batch_size, seed, num_workers)
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     layout = safe_layout(model)
@@ -192,7 +193,7 @@ def classifier_learner(
     "A learner of encoder and linear layer, by Nesterov SGD on random crops and flips."
     augment = Augmentation(size, RandomResizedCrop(), RandomFlip(), n_views=1)
     dls = train_dls(train, augment, min(s.batch_size, len(train)), s.seed, s.num_workers)
-    model = nn.Sequential(encoder, layer(feature_dim(encoder, size), n_outputs(train)))
+    model = nn.Sequential(encoder, layer(features_of(encoder, size), n_outputs(train)))
     loss = nn.BCEWithLogitsLoss() if train.labels.ndim == 2 else nn.CrossEntropyLoss()
     sgd = partial(OptimWrapper, opt=SGD, momentum=.9, nesterov=True)
     return SimCLRLearner(dls, model, LabelLoss(loss), opt_func=sgd, splitter=groups,
@@ -307,8 +308,3 @@ def reached(
     "The metric of a report, percent; -inf where training diverged."
     try: return report()[metric]
     except FloatingPointError: return -math.inf
-
-def joined(a:ImageSet, b:ImageSet|None)->ImageSet:
-    "Both sets as one; a itself where there is no b."
-    if b is None: return a
-    return ImageSet(a.files + b.files, np.concatenate([a.labels, b.labels]), a.classes)

@@ -20,7 +20,7 @@ from ..data.sets import ImageSet
 from ..features.metrics import check_number
 from .classifier import (
     ClassifierSettings, Trained, check_sets, classifier_learner, decay_groups, evaluate_classifier,
-    fit_cosine, joined, n_outputs, reached, select_on_val)
+    fit_cosine, n_outputs, reached, select_on_val)
 
 # %% ../../nbs/evaluation/03_finetune.ipynb #1a61ee25
 def label_fraction(
@@ -112,7 +112,8 @@ def finetune(
     check_sets(train, test)
     reach = partial(_reach_of_each, encoder, size, s)
     choice = select_on_val(reach, s.options, train, val, s.fraction, s.seed)
-    model = trained_with_labels(encoder, joined(train, val), size, s.with_option(choice.chosen))
+    everything = train if val is None else train.joined(val)
+    model = trained_with_labels(encoder, everything, size, s.with_option(choice.chosen))
     return Trained(model, evaluate_classifier(model, test, size, s), *choice)
 
 def _reach_of_each(encoder, size, s, train, held_out, options)->list: # percent

@@ -22,7 +22,7 @@ from ..features.neighbors import NeighborClassifier, choose_neighbors
 from ..training.online import zero_linear
 from .classifier import (
     ClassifierSettings, Trained, check_labels, check_sets, classification_report, classifier_learner,
-    evaluate_classifier, fit_cosine, joined, reached, select_on_val)
+    evaluate_classifier, fit_cosine, reached, select_on_val)
 
 # %% ../../nbs/evaluation/02_linear.ipynb #6566c840
 def _both_scores(h, y, h_test, y_test, k):
@@ -125,7 +125,8 @@ def linear_evaluation(
     net = Frozen(net)
     reach = partial(_reach_of_heads, net, size, s)
     choice = select_on_val(reach, s.options, train, val, s.fraction, s.seed)
-    heads, _ = train_heads(net, joined(train, val), size, s, [choice.chosen])
+    everything = train if val is None else train.joined(val)
+    heads, _ = train_heads(net, everything, size, s, [choice.chosen])
     model = nn.Sequential(net, heads[0]).eval()
     return Trained(model, evaluate_classifier(model, test, size, s), *choice)
 

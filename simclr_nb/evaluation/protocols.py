@@ -17,7 +17,7 @@ import numpy as np, torch
 from fastai.torch_core import default_device
 from torch import nn
 from ..core import TooFewImages, markdown_table
-from ..encoder import feature_dim
+from ..encoder import features_of
 from ..data.sets import ImageSet
 from ..data.sources import train_test_splits
 from ..features.extract import extract_features
@@ -106,7 +106,7 @@ class EvalSuite:
         self.unreadable_files = _unreadable(train, kept) + _unreadable(test, kept_test)
         self.train, self.test = train.subset(kept.tolist()), test.subset(kept_test.tolist())
     def _embed(self, encoders, images, how):
-        widths = sum(feature_dim(e, how['size']) for e in encoders.values())
+        widths = sum(features_of(e, how['size']) for e in encoders.values())
         place = place_for_features(4*len(images)*widths, self.folder)
         if 'out' in place:
             self.places.append(place['out'])                            # deleted with the suite

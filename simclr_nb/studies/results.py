@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from scipy.stats import spearmanr, t as student_t
 from .. import __version__
 from ..core import plural
-from ..encoder import build_encoder, feature_dim
+from ..encoder import build_encoder
 from ..projection import SimCLR, projection_head
 from ..lars import schedule_plan
 from ..training.memory import memory_per_device
@@ -287,7 +287,7 @@ def cost_of(t:Training, micro_batch:int)->tuple: # FLOPs of one image, forward; 
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device('meta'):
         encoder, x = build_encoder(t.arch, t.size, t.stem), torch.zeros(1, 3, t.size, t.size)
-        model = SimCLR(encoder, projection_head(feature_dim(encoder, t.size), t.head, t.projection_dim))
+        model = SimCLR(encoder, projection_head(encoder.num_features, t.head, t.projection_dim))
     with FlopCounterMode(display=False) as counter: encoder(x)
     held = memory_per_device(model, t.size, t.batch_size, micro_batch=micro_batch, dtype=torch.bfloat16)
     return counter.get_total_flops(), sum(held.values())

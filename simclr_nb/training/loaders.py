@@ -12,7 +12,7 @@ from fastai.data.load import DataLoader as FastaiLoader
 from fastai.torch_core import default_device
 from ..core import get_world_size
 from ..augmentations import Augmentation
-from ..encoder import adapt_channels, set_encoder_info
+from ..encoder import Encoder, adapt_channels
 from ..data.channels import augmentation_for_channels
 from ..data.datasets import StepSampler, check_batch, train_loader
 from ..data.sets import ImageSet
@@ -100,9 +100,10 @@ def split_loader(
     return part
 
 # %% ../../nbs/training/02_loaders.ipynb #01d65ec2
-def adapt_encoder(encoder, images):
+def adapt_encoder(encoder:Encoder, images)->Encoder:
     "An encoder that takes the channels of a set, and remembers how they are read."
     depth = getattr(images, 'depth', None)
     if depth is None: return encoder
     adapt_channels(encoder, depth.channels)
-    return set_encoder_info(encoder, channels=depth.channels, pixels=dict(low=depth.low, high=depth.high))
+    encoder.config |= dict(channels=depth.channels, pixels=dict(low=depth.low, high=depth.high))
+    return encoder

@@ -94,7 +94,7 @@ def about_encoder(c, layer:str)->dict: # of a `Candidate`
     return encoder_facts(c.encoder, c.size, c.crop, c.transform) | dict(layer=layer)
 
 def encoder_of(
-    encoder:str|Path, # folder of a run, encoder file, or timm name
+    encoder:str|Path, # folder of a run, encoder file, timm:NAME, …
     about:dict, # of `Vectors`
 ): # a `Candidate`
     "The encoder that has made some vectors; a `ValueError` where it is another one."
@@ -103,9 +103,9 @@ def encoder_of(
     raise ValueError('the vectors are of another encoder, or of an earlier state of this one: '
                      'run simclr embed again')
 
-# %% ../../nbs/using/01_vectors.ipynb #d9cf0ab3
+# %% ../../nbs/using/01_vectors.ipynb #16dc8262
 def embed_images(
-    encoder:str|Path, # folder of a run, encoder file, or timm name
+    encoder:str|Path, # folder of a run, encoder file, timm:NAME, …
     images:ImageSet,
     layer:str='h', # or 'z', behind the head
     crop:float|None=None, # None: the encoder's own
@@ -175,7 +175,7 @@ def _read_fitting(encoder, images, file):
 
 # %% ../../nbs/using/01_vectors.ipynb #973f9452
 def vectors_for(
-    encoder:str|Path, # folder of a run, encoder file, or timm name
+    encoder:str|Path, # folder of a run, encoder file, timm:NAME, …
     images:ImageSet,
     file:str|Path|None=None, # of vectors, which must fit; None: those of the run, where they fit
     num_workers:int|None=None,
