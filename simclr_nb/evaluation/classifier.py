@@ -127,8 +127,7 @@ def supervised_learner(
     loss, metric = LabelLoss(nn.CrossEntropyLoss()), MeanMetric(_label_accuracy)
     layout = safe_layout(model)
     views = ViewsCallback(augment, seed, layout)
-    return contrastive_learner(dls, model.to(memory_format=layout), loss, [metric], [views],
-        kwargs.pop('metrics', None), **kwargs)
+    return contrastive_learner(dls, model.to(memory_format=layout), loss, [metric], [views], **kwargs)
 
 # %% ../../nbs/evaluation/01_classifier.ipynb #5e7d0012
 def as_options(x)->list:
