@@ -4,7 +4,7 @@ import argparse, json, statistics, time
 from importlib.util import find_spec
 
 import torch
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, no_decay, param_groups
 from simclr_nb.projection import projection_head
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 def network(arch, device):
     "Encoder and head, with a gradient of plausible size on every tensor."
     encoder = build_encoder(arch)
-    model = nn.Sequential(encoder, projection_head(feature_dim(encoder))).to(device)
+    model = nn.Sequential(encoder, projection_head(encoder.num_features)).to(device)
     g = torch.Generator().manual_seed(0)
     for p in model.parameters(): p.grad = .01*torch.randn(p.shape, generator=g).to(device)
     return model

@@ -17,7 +17,7 @@ from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data.datasets import TwoCropDataset
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.distributed import gather_rows, global_batch_norm
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.training.memory import bytes_per_step
 from simclr_nb.ntxent import nt_xent
@@ -35,7 +35,7 @@ PARTS = 'input', 'compute', 'batch_norm', 'loss', 'gradients', 'optimizer'      
 def network(arch):
     torch.manual_seed(0)
     encoder = build_encoder(arch)
-    return SimCLR(encoder, projection_head(feature_dim(encoder), dim_out=DIM))
+    return SimCLR(encoder, projection_head(encoder.num_features, dim_out=DIM))
 
 
 def channels(model): return [m.num_features for m in model.modules() if isinstance(m, _BatchNorm)]

@@ -16,7 +16,7 @@ warnings.simplefilter('ignore')
 import numpy as np, torch, torch.distributed as dist
 from loss import missing
 from simclr_nb.data.sources import augmentations_for
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS
 from simclr_nb.training.memory import AllocationTracker
 from simclr_nb.ntxent import nt_xent
@@ -95,7 +95,7 @@ def trainer(variant, a, n):
     cuda, has = a.device.startswith('cuda'), set(variant.split('+'))
     torch.manual_seed(0)
     encoder = build_encoder(a.arch, a.size)
-    model = SimCLR(encoder, projection_head(feature_dim(encoder, a.size))).to(a.device)
+    model = SimCLR(encoder, projection_head(encoder.num_features)).to(a.device)
     layout = torch.contiguous_format if 'contiguous' in has else torch.channels_last
     model = model.to(memory_format=layout)
     if 'global' in has: replace_batch_norm(model.encoder, OursAlone)

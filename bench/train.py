@@ -58,7 +58,7 @@ def network(args):
     from simclr_nb.projection import projection_head
     torch.manual_seed(args.seed)
     encoder = build_encoder(args.arch, args.size, args.stem)
-    return encoder, projection_head(encoder.feature_dim, 'nonlinear', 128)
+    return encoder, projection_head(encoder.num_features, 'nonlinear', 128)
 
 
 def train_ours(args, images, encoder, head, looks):

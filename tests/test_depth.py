@@ -9,7 +9,7 @@ from simclr_nb.commands import main as cli
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augmentations
 from simclr_nb.data.datasets import EvalDataset, TwoCropDataset
 from simclr_nb.data.channels import augmentation_for_channels, read_array, with_channels
-from simclr_nb.encoder import encoder_info, load_encoder
+from simclr_nb.encoder import load_encoder
 from simclr_nb.features.copies import find_copies, thumbnails
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import BadImage
@@ -55,7 +55,7 @@ def test_a_set_of_16_bits_trains_and_its_encoder_reads_as_it_was_trained(deep, t
         how = ['--protocol', 'knn', '--seeds', '0', '--num-workers', '0']
         cli.main(['evaluate', str(tmp_path/'run'), str(folder), *how])
         cli.main(['search', str(tmp_path/'run'), str(folder/'class0/00.tif'), '--k', '3'])
-    info = encoder_info(load_encoder(tmp_path/'run/encoder.safetensors'))
+    info = load_encoder(tmp_path/'run/encoder.safetensors').config
     assert info['channels'] == channels and all(0 <= v < 200 for v in info['pixels']['low'])
     assert all(2500 < v <= 4000 for v in info['pixels']['high'])
     vectors = read_vectors(tmp_path/'run/vectors.safetensors')

@@ -14,7 +14,7 @@ from simclr_nb.lars import LARS
 from simclr_nb.data.sets import ImageSet
 from simclr_nb.learner import simclr_learner
 from simclr_nb.core import save_tensors
-from simclr_nb.encoder import build_encoder, encoder_info, resnet
+from simclr_nb.encoder import build_encoder, resnet
 from simclr_nb.training.memory import checkpoint_activations
 
 root = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def test_lars_on_half_precision_weights(dtype):
 @pytest.mark.parametrize('name', ['googlenet', 'inception_v3'])
 def test_training_reaches_every_weight(name):
     "DistributedDataParallel stops where one gets no gradient."
-    with torch.device('meta'): net = build_encoder(f'torchvision/{name}', 96).train()
+    with torch.device('meta'): net = build_encoder(f'torchvision:{name}', 96).train()
     net(torch.rand(2, 3, 96, 96, device='meta')).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
 
@@ -90,7 +90,7 @@ def test_training_reaches_every_weight(name):
     (dict(size=10**6), 'size is 1000000'), (dict(feature_dim=10**9), 'has 128 features')])
 def test_a_description_is_compared_with_the_tensors_before_anything_is_built(tmp_path, monkeypatch, facts, words):
     net = resnet(18, .25, 'cifar')
-    path = save_tensors(tmp_path/'e', net.state_dict(), simclr_nb=encoder_info(net) | dict(format=1) | facts)
+    path = save_tensors(tmp_path/'e', net.state_dict(), simclr_nb=net.config | dict(feature_dim=net.num_features, format=1) | facts)
     kinds, make = set(), torch.nn.Parameter.__new__
     def noted(cls, data=None, *args, **kwargs):
         kinds.add(data.device.type)

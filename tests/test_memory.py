@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.data.sources import augmentations_for, load_images
-from simclr_nb.encoder import build_encoder, feature_dim
+from simclr_nb.encoder import build_encoder
 from simclr_nb.lars import LARS, learning_rate, param_groups
 from simclr_nb.learner import simclr_learner
 from simclr_nb.training.memory import Checkpointed, checkpoint_activations
@@ -41,7 +41,7 @@ class Run:
     "A model after two epochs with LARS; `scale`: under the CPU's autocast, with a scaler that starts there."
     def __init__(self, micro_batch=None, encoder=None, scale=None):
         encoder = encoder or Encoder()
-        self.model = SimCLR(encoder, projection_head(feature_dim(encoder, 32), 'none'), micro_batch)
+        self.model = SimCLR(encoder, projection_head(encoder.num_features, 'none'), micro_batch)
         self.opt = LARS(param_groups(self.model), lr=3.)
         scaler = torch.amp.GradScaler('cpu', init_scale=scale or 1., enabled=scale is not None)
         self.losses, self.metrics = [], []

@@ -14,7 +14,7 @@ import forks, tensor_bundle as tb
 from simclr_nb.encoder import adapt_channels
 from simclr_nb.core import BadCheckpoint
 from simclr_nb.weights.bundle import Entry, read_index, read_table
-from simclr_nb.encoder import MaxPoolSame, build_encoder, encoder_info, load_encoder, save_encoder
+from simclr_nb.encoder import MaxPoolSame, build_encoder, load_encoder, save_encoder
 from simclr_nb.weights.export import convert, export_onnx, torchvision_state
 from simclr_nb.weights.official import (center_crop, check_tensors, empty_network, load_official, official_names,
                                 preprocess)
@@ -67,7 +67,7 @@ def test_golden_parity(real, name, arch, stem):
     z = head(h)
     assert far(h, want['h']) < 1e-5 and far(z, want['z']) < 1e-5 and far(classifier(h), want['logits']) < 1e-5
     assert_close(h, want['h'], rtol=1e-4, atol=1e-4*want['h'].abs().max().item())
-    info = encoder_info(encoder)
+    info = encoder.config
     assert rest == ['global_step'] and info['arch'] == arch and info['stem'] == stem
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_small_checkpoint_against_a_reference(tmp_path, depth, blocks, stem, siz
     assert (classifier is None) == (len(head) > 2)
     for ours, want in zip((h, z, classifier(h) if classifier else None), forward(t, x, blocks, depth >= 50)):
         if ours is not None: assert far(ours.double(), want) < 1e-5
-    assert encoder_info(encoder)['arch'] == f'resnet{depth}_0.0625x'
+    assert encoder.config['arch'] == f'resnet{depth}_0.0625x'
     assert rest == ['global_step'] + [k for k in sorted(t) if k.startswith('head_supervised')]*(classifier is None)
     assert all(p.requires_grad and not p.is_meta for p in encoder.parameters())
     assert not any(b.is_meta for b in encoder.buffers())
@@ -187,7 +187,7 @@ def test_depth_and_width_are_found(depth, width):
         if n != 'global_step': entries[n] = Entry(1, shape, 0, 0, 0, 0)
     net = empty_network(entries)
     check_tensors(net, official_names(net), entries)
-    assert encoder_info(net['encoder'])['arch'] == f'resnet{depth}' + (f'_{width}x' if width > 1 else '')
+    assert net['encoder'].config['arch'] == f'resnet{depth}' + (f'_{width}x' if width > 1 else '')
     assert all(p.is_meta for p in net.parameters())
 
 
@@ -414,7 +414,7 @@ def test_convert_command(tmp_path):
     assert run.returncode == 0, run.stderr
     encoder, x = load_encoder(tmp_path/'out'/'encoder.safetensors'), torch.rand(3, 3, 32, 32)
     assert_close(encoder(x), load_official(prefix).encoder(x), rtol=0, atol=0)
-    info = encoder_info(encoder)
+    info = encoder.config
     assert info['preprocess'] == 'official' and info['license'] == 'apache-2.0' and 'model.ckpt-12345' in info['source']
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def test_convert_to_timm_and_torchvision_files(tmp_path):
 
 @pytest.mark.parametrize('arch, size, channels', [
     ('resnet18_0.25x', 32, 3), ('resnet18_0.25x', 32, 4), ('resnet50_0.25x', 64, 3), ('resnet50_0.25x', 75, 3),
-    ('vit_tiny_patch16_224', 64, 3), ('vit_tiny_patch16_224', 64, 1)])
+    ('timm:vit_tiny_patch16_224', 64, 3), ('timm:vit_tiny_patch16_224', 64, 1)])
 @torch.no_grad()
 def test_onnx_parity(tmp_path, arch, size, channels):
     for name in ('onnx', 'onnxscript'): pytest.importorskip(name, reason=f'ONNX export needs the package {name}')

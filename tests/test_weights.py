@@ -6,11 +6,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_commands import refused, simclr, works
 
-from simclr_nb.encoder import encoder_info, load_encoder
+from simclr_nb.encoder import load_encoder
 from simclr_nb.training.folder import read_json
 
 network = 'resnet10t'
-settings = ('--arch', network, '--size', 32, '-b', 32, '--epochs', 1, '--optimizer', 'adam', '--lr', 1e-3,
+settings = ('--arch', f'timm:{network}', '--size', 32, '-b', 32, '--epochs', 1, '--optimizer', 'adam', '--lr', 1e-3,
             '--temperature', .2, '--num-workers', 0, '--knn-every', 0)
 
 
@@ -71,7 +71,7 @@ def test_the_start_is_kept_and_known(weights, runs):
     given = torch.load(weights, weights_only=True)
     assert torch.equal(start.net.conv1[0].weight, given['conv1.0.weight'])
     assert not torch.equal(start.net.conv1[0].weight, end.net.conv1[0].weight)
-    assert encoder_info(end)['arch'] == f'timm/{network}' and encoder_info(end)['normalize']['mean'][0] == .485
+    assert end.config['arch'] == f'timm:{network}' and end.config['normalize']['mean'][0] == .485
 
 
 def test_only_the_head_learns_while_the_encoder_is_frozen(digits, weights, tmp_path):

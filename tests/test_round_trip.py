@@ -1,0 +1,107 @@
+"""What `save_encoder` keeps gives the same features after `load_encoder`: every network of both libraries, made weights.
+
+The weights come the way that the libraries' own do, without the download: what a library sets for its weights alone,
+and no file of weights holds, would show. By default one small network of each family; SIMCLR_TEST_LONG=1 takes all of
+torchvision's networks."""
+import os
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest, timm, torch, torchvision
+from torchvision.models import WeightsEnum
+
+from simclr_nb.encoder import build_encoder, load_encoder, save_encoder
+from simclr_nb.weights.files import named_encoder
+
+long = 'SIMCLR_TEST_LONG' in os.environ
+
+
+def fill(net, seed=0):
+    "Weights and statistics unlike those of a new network, in which some branches are silent."
+    g = torch.Generator().manual_seed(seed)
+    for name, t in net.state_dict().items():
+        if not t.is_floating_point(): continue
+        if name.endswith(('bias', 'mean')): t.copy_(.1*torch.randn(t.shape, generator=g))
+        elif t.ndim < 2: t.copy_(.5 + torch.rand(t.shape, generator=g))
+        elif not t.any(): t.copy_(torch.randn(t.shape, generator=g)/t[0].numel()**.5)
+    return net
+
+
+@contextmanager
+def made_weights(kind, name):
+    "For timm and torchvision, weights that nobody has to download."
+    if kind == 'timm':
+        with patch('timm.models._builder.load_pretrained', lambda model, **_: fill(model)): yield
+        return
+    more = dict(init_weights=True) if name in ('googlenet', 'inception_v3') else {}
+    def whole(*args, **kwargs): return fill(torchvision.models.get_model(name, **more)).state_dict()
+    with patch.object(WeightsEnum, 'get_state_dict', whole): yield
+
+
+def round_trip(word, size, path, trained=True):
+    "Features before and after; and the encoder."
+    kind, _, name = word.partition(':')
+    with made_weights(kind, name), torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = named_encoder(word, size=size) if trained else fill(build_encoder(word, size))
+    encoder.eval()
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): h = encoder(x)
+    assert h.shape == (2, encoder.num_features) and h.isfinite().all() and not torch.allclose(h[0], h[1], rtol=1e-4)
+    again = load_encoder(save_encoder(encoder, path))
+    path.unlink()
+    with torch.no_grad(): assert torch.equal(again(x), h), (again(x) - h).abs().max()
+    assert again.config == encoder.config and again.num_features == encoder.num_features
+    return encoder
+
+
+def families():
+    "The smallest network of each of timm's families, as far as names tell."
+    sizes = ('test_', 'zepto', 'atto', 'femto', 'pico', 'nano', 'xxt', 'xxs', 'tiny', '_t0', '_t_', 'mini', 'xs', '_t',
+             'small', 'micro', '_s', '050', '035', '_b0', '_0', '18', '14', '26')
+    def rank(name): return next((i for i, s in enumerate(sizes) if s in name), len(sizes)), len(name), name
+    found = {module: timm.list_models(module=module) for module in timm.list_modules()}
+    return [min(names, key=rank) for names in found.values() if names]
+
+
+def torchvision_names(every):
+    "All of torchvision's classification models; or the first of each of its modules."
+    names, seen = torchvision.models.list_models(module=torchvision.models), {}
+    for name in names: seen.setdefault(torchvision.models.get_model_builder(name).__module__, name)
+    return names if every else list(seen.values())
+
+
+refusals = ('cannot take images of shape', 'an encoder turns images', 'no linear classifier', 'cannot build')
+refused = {'torchvision:squeezenet1_0', 'torchvision:squeezenet1_1'}
+
+
+def size_for(word):
+    "A small size that the network takes, else the one that it was made for; the error where it takes neither."
+    library, _, name = word.partition(':')
+    if library == 'timm': native = timm.get_pretrained_cfg(name).input_size[-1]
+    else: native = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    tied = word.startswith(('torchvision:vit', 'torchvision:maxvit', 'torchvision:swin'))
+    for size in ([native] if tied else [96, native]):
+        try:
+            with torch.device('meta'): build_encoder(word, size)
+            return size
+        except (ValueError, NotImplementedError, RuntimeError) as e: error = e
+    if isinstance(error, ValueError): raise error
+    return native                                               # the network cannot be tried without memory
+
+
+def check(word, path):
+    try: size = size_for(word)
+    except ValueError as e:
+        assert word in refused and any(words in str(e) for words in refusals), (word, e)
+        return
+    assert word not in refused
+    round_trip(word, size, path)
+
+
+@pytest.mark.parametrize('name', torchvision_names(long))
+def test_torchvision(name, tmp_path): check(f'torchvision:{name}', tmp_path/'encoder.safetensors')
+
+
+@pytest.mark.parametrize('name', families())
+def test_timm(name, tmp_path): check(f'timm:{name}', tmp_path/'encoder.safetensors')
