@@ -226,7 +226,8 @@ def _ours(arch, size, stem):
 
 def _by_word(word, size, stem):
     "An encoder from elsewhere: of a library, with random weights; or one that has weights."
-    if not word.startswith(('timm:', 'torchvision:')): return import_module(_elsewhere).named_encoder(word, None, size, stem)
+    if not word.startswith(('timm:', 'torchvision:')):
+        return import_module(_elsewhere).named_encoder(word, None, size, stem)
     if stem: raise ValueError(f'a stem can be chosen for our ResNets only, not for {word}')
     net = import_module(_elsewhere).library_network(word, size)
     return Wrapped(net, features_of(net, size), arch=word, size=size)
