@@ -119,7 +119,7 @@ Images are prepared as in the official code ({how}):
 
 ```python
 from simclr_nb.weights.official import preprocess
-from simclr_nb.data.datasets import open_image
+from simclr_nb.data.files import open_image
 h = encoder(preprocess('official', {size})(open_image('image.png'))[None])
 ```
 '''
