@@ -231,9 +231,10 @@ def _ours(arch, size, stem):
 
 def _by_word(word, size, stem):
     "An encoder from elsewhere: of a library, with random weights; or one that has weights."
-    if not word.startswith(('timm:', 'torchvision:')): return import_module(_elsewhere).named_encoder(word, None, size, stem)
+    words = import_module(_elsewhere)
+    if not word.startswith(('timm:', 'torchvision:')): return words.named_encoder(word, None, size, stem)
     if stem: raise ValueError(f'a stem can be chosen for our ResNets only, not for {word}')
-    net = import_module(_elsewhere).library_network(word, size)
+    net = words.library_network(word, size)
     return Wrapped(net, features_of(net, size, 3), arch=word, size=size)
 
 def _own(module, size):
@@ -244,7 +245,6 @@ def _own(module, size):
 
 # %% ../nbs/02_encoder.ipynb #449431f8
 _LARGEST = 8192 # pixels
-
 def build_encoder(
     arch:str|nn.Module, # 'resnet50', 'resnet18_2x', 'timm:resnet50', 'torchvision:vit_b_16', …; or a module
     size:int=224, # side of the images in pixels
@@ -264,7 +264,6 @@ def build_encoder(
 
 # %% ../nbs/02_encoder.ipynb #fe2c5ce8
 _FORMAT = 1
-
 def save_encoder(
     encoder:nn.Module, # from `build_encoder`, or any other; may be wrapped
     path:str|Path, # the file; folders are made, an old file is replaced
@@ -309,7 +308,6 @@ def _understood(config, path):
 
 _rgb = dict(transform_input=True)
 _left_out = {'torchvision:googlenet': _rgb, 'torchvision:inception_v3': _rgb, 'timm:fbnetc_100': dict(bn_eps=1e-3)}
-
 def _todays(config):
     "A description of version 0.1 in today's words ('resnet10t' was timm's), and with a setting that it left out."
     arch = config['arch']

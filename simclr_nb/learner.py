@@ -335,14 +335,14 @@ def keep_batch_size(learn:SimCLRLearner, data, batch_size:int|None):
 # %% ../nbs/07_learner.ipynb #e71c1119
 def simclr_learner(
     data, # folder of images, name of a preset, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
-    arch='resnet50', # 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …, as for `build_encoder`; or an nn.Module
+    arch='resnet50', # as for `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …; an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
     batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
-    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', 'official:PATH', …; None: random
+    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations
