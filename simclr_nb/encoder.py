@@ -180,14 +180,23 @@ def first_convolution(net:nn.Module)->nn.Conv2d|None:
 
 def channels_of(net:nn.Module)->int:
     "The channels of the images that a network takes; 3 where that cannot be seen."
+    net = unwrap(net)
+    if isinstance(net, Encoder) and net.config['arch']: return net.config.get('channels', 3)
     conv = first_convolution(net)
     return conv.in_channels if conv else 3
 
 @torch.no_grad()
+<<<<<<< ours
 def _probe(encoder, size):
     "What the encoder makes of one gray image."
     like = next(encoder.parameters(), torch.empty(0))
     x = torch.full((1, channels_of(encoder), size, size), .5, device=like.device, dtype=like.dtype)
+=======
+def _probe(encoder, size, channels):
+    "What the encoder makes of one gray image."
+    like = next(encoder.parameters(), torch.empty(0))
+    x = torch.full((1, channels, size, size), .5, device=like.device, dtype=like.dtype)
+>>>>>>> theirs
     kept = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
     try:
         with eval_mode(encoder), kept: return encoder(x)
@@ -197,6 +206,7 @@ def _probe(encoder, size):
 def features_of(
     net:nn.Module, # (B, C, size, size) to h (B, d); may be wrapped
     size:int, # side of the images, pixels
+<<<<<<< ours
 )->int: # d
     "The number of features per image, found with one gray image."
     net = unwrap(net)
@@ -204,6 +214,16 @@ def features_of(
     if isinstance(h, Tensor) and h.ndim == 2 and len(h) == 1: return h.shape[1]
     got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
     raise ValueError(f'an encoder turns images (1, {channels_of(net)}, {size}, {size}) into features of shape (1, d); '
+=======
+    channels:int|None=None, # of the images; None: as `channels_of` says
+)->int: # d
+    "The number of features per image, found with one gray image."
+    net, channels = unwrap(net), channels or channels_of(net)
+    h = _probe(net, size, channels)
+    if isinstance(h, Tensor) and h.ndim == 2 and len(h) == 1: return h.shape[1]
+    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+    raise ValueError(f'an encoder turns images (1, {channels}, {size}, {size}) into features of shape (1, d); '
+>>>>>>> theirs
                      f'this one gives {got}. Pool and flatten its output, and take the classifier off.')
 
 # %% ../nbs/02_encoder.ipynb #a20519db
@@ -226,11 +246,16 @@ def _ours(arch, size, stem):
 
 def _by_word(word, size, stem):
     "An encoder from elsewhere: of a library, with random weights; or one that has weights."
+<<<<<<< ours
     if not word.startswith(('timm:', 'torchvision:')):
         return import_module(_elsewhere).named_encoder(word, None, size, stem)
+=======
+    words = import_module(_elsewhere)
+    if not word.startswith(('timm:', 'torchvision:')): return words.named_encoder(word, None, size, stem)
+>>>>>>> theirs
     if stem: raise ValueError(f'a stem can be chosen for our ResNets only, not for {word}')
-    net = import_module(_elsewhere).library_network(word, size)
-    return Wrapped(net, features_of(net, size), arch=word, size=size)
+    net = words.library_network(word, size)
+    return Wrapped(net, features_of(net, size, 3), arch=word, size=size)
 
 def _own(module, size):
     "A module that was given, as an encoder: what is known of it stays, unless it has changed since."
@@ -240,7 +265,6 @@ def _own(module, size):
 
 # %% ../nbs/02_encoder.ipynb #449431f8
 _LARGEST = 8192 # pixels
-
 def build_encoder(
     arch:str|nn.Module, # 'resnet50', 'resnet18_2x', 'timm:resnet50', 'torchvision:vit_b_16', …; or a module
     size:int=224, # side of the images in pixels
@@ -260,7 +284,6 @@ def build_encoder(
 
 # %% ../nbs/02_encoder.ipynb #fe2c5ce8
 _FORMAT = 1
-
 def save_encoder(
     encoder:nn.Module, # from `build_encoder`, or any other; may be wrapped
     path:str|Path, # the file; folders are made, an old file is replaced
@@ -305,7 +328,6 @@ def _understood(config, path):
 
 _rgb = dict(transform_input=True)
 _left_out = {'torchvision:googlenet': _rgb, 'torchvision:inception_v3': _rgb, 'timm:fbnetc_100': dict(bn_eps=1e-3)}
-
 def _todays(config):
     "A description of version 0.1 in today's words ('resnet10t' was timm's), and with a setting that it left out."
     arch = config['arch']
@@ -350,7 +372,7 @@ def _check_named(encoder, facts):
     with torch.random.fork_rng(devices=[]): named = network_of(facts, encoder.num_features)
     load_strict(named.stored, encoder.stored.state_dict(), f"the network that is to be called {facts['arch']}")
     like = next(encoder.parameters(), torch.empty(0))
-    ours, theirs = (_probe(net, facts['size']) for net in (encoder, named.to(like)))
+    ours, theirs = (_probe(net, facts['size'], channels_of(named)) for net in (encoder, named.to(like)))
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3*ours.abs().max().item()):
         raise ValueError(f"{facts['arch']} is another network than this one: with its weights it gives other features")
 

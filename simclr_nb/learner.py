@@ -335,7 +335,7 @@ def keep_batch_size(learn:SimCLRLearner, data, batch_size:int|None):
 # %% ../nbs/07_learner.ipynb #e71c1119
 def simclr_learner(
     data, # folder of images, name of a preset, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
-    arch='resnet50', # 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …, as for `build_encoder`; or an nn.Module
+    arch='resnet50', # as for `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …; an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
     batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders

@@ -40,10 +40,10 @@ def read_tiff(data:bytes):
 
 # %% ../../nbs/data/07_channels.ipynb #d109a80c
 def read_opencv(data:bytes):
-    logging = cv2.utils.logging
-    before = logging.setLogLevel(logging.LOG_LEVEL_ERROR)     # it warns of every tag that a map has
+    log = getattr(cv2.utils, 'logging', cv2)                  # where OpenCV before 4.13 has it
+    before = log.setLogLevel(2)                               # errors: it warns of every tag that a map has
     try: x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    finally: logging.setLogLevel(before)
+    finally: log.setLogLevel(before)
     if x is None: raise ValueError('OpenCV cannot decode it')
     order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(x.shape[2] if x.ndim == 3 else 1)            # BGR
     return x if order is None else x[..., order]

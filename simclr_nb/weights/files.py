@@ -129,7 +129,7 @@ def _for_weights(arch, size, trained=False, **facts):
     size, options = size or native, _options.get(arch.partition('.')[0])
     if options: facts['options'] = options
     net = library_network(arch, size, options, trained)
-    return Normalized(net, features_of(net, size), normalize, arch=arch, size=size, **facts)
+    return Normalized(net, features_of(net, size, 3), normalize, arch=arch, size=size, **facts)
 
 # %% ../../nbs/weights/01_files.ipynb #c21744e0
 def _tensors(path):
