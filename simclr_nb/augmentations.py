@@ -103,11 +103,11 @@ def _between(u, ends): return ends[0] + u*(ends[1] - ends[0])
 class RandomResizedCrop:
     "Draws a box of random area, shape and place."
     def __init__(self,
-        area=(.08, 1.), # fraction of the image, from and to (the paper's, appendix A)
-        aspect=(3/4, 4/3), # width over height, from and to (the paper's)
+        area:tuple=(.08, 1.), # fraction of the image, from and to (the paper's, appendix A)
+        aspect:tuple=(3/4, 4/3), # width over height, from and to (the paper's)
     ):
         self.area, self.log_aspect = area, (math.log(aspect[0]), math.log(aspect[1]))
-    def draw(self, rng, width, height):
+    def draw(self, rng:np.random.Generator, width:int, height:int)->tuple:
         "(left, top, right, bottom), whole pixels."
         for _ in range(100):
             u = rng.random(4).tolist()
@@ -121,7 +121,7 @@ class RandomResizedCrop:
 
 class NoCrop:
     "Takes every image whole."
-    def draw(self, rng, width, height): return 0, 0, width, height
+    def draw(self, rng:np.random.Generator, width:int, height:int)->tuple: return 0, 0, width, height
 
 # %% ../nbs/01_augmentations.ipynb #5c648473
 def apply_where(
@@ -146,9 +146,9 @@ class RandomTransform:
     def __init__(self,
         p:float=.5, # probability that an image is changed
     ): self.p = p
-    def draw_params(self, rng): return [1]               # of an image that is changed: not all zero
-    def apply(self, x, params): raise NotImplementedError   # (B, 3, H, W) and (B, n_params), to (B, 3, H, W)
-    def draw(self, rng)->list: # `n_params` numbers
+    def draw_params(self, rng:np.random.Generator)->list: return [1]    # of an image that is changed: not all zero
+    def apply(self, x:Tensor, params:Tensor)->Tensor: raise NotImplementedError     # x (B, C, H, W), params (B, P)
+    def draw(self, rng:np.random.Generator)->list: # `n_params` numbers
         "The parameters of an image: from `draw_params` with probability `p`, otherwise zeros."
         return self.draw_params(rng) if rng.random() < self.p else [0]*self.n_params
     def __call__(self, x, params): # (B, 3, H, W) in [0, 1], and (B, n_params) as drawn
@@ -161,7 +161,7 @@ class RandomTransform:
 # %% ../nbs/01_augmentations.ipynb #0686b8d1
 class RandomFlip(RandomTransform):
     "Mirrors left and right."
-    def apply(self, x, params): return x.flip(-1)
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return x.flip(-1)
 
 # %% ../nbs/01_augmentations.ipynb #1b40156d
 def adjust_brightness(x, delta):
@@ -246,10 +246,10 @@ class ColorDistortion(RandomTransform):
             raise ValueError(f'implementation is one of {", ".join(color_implementations)}; got {implementation!r}')
         self.max_change, self.implementation = (brightness, contrast, saturation, hue), implementation
         self.needs_rgb = bool(saturation or hue)
-    def draw_params(self, rng):
+    def draw_params(self, rng:np.random.Generator)->list:
         b, c, s, h = (most*u for most, u in zip(self.max_change, rng.uniform(-1, 1, 4).tolist()))
         return [b, max(0, 1 + c), max(0, 1 + s), h, *rng.permutation(4).tolist()]
-    def apply(self, x, params):
+    def apply(self, x:Tensor, params:Tensor)->Tensor:
         for turn in params[:,4:].unbind(1):              # what each image gets first, second, third, last
             before = x
             for i, op in enumerate(color_implementations[self.implementation]):
@@ -264,7 +264,7 @@ class RandomGrayscale(RandomTransform):
     "Drops color."
     needs_rgb = True
     def __init__(self, p:float=.2): super().__init__(p)
-    def apply(self, x, params): return to_grayscale(x)
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return to_grayscale(x)
 
 # %% ../nbs/01_augmentations.ipynb #53e3e33f
 def _blur_band(n, sigma, r):
@@ -284,13 +284,13 @@ class RandomBlur(RandomTransform):
     "Blurs, σ uniform."
     def __init__(self,
         kernel_size:int, # see `gaussian_blur`; the paper's is a tenth of the side
-        sigma=(.1, 2.), # pixels, from and to
+        sigma:tuple=(.1, 2.), # pixels, from and to
         p:float=.5,
     ):
         super().__init__(p)
         self.kernel_size, self.sigma = kernel_size, sigma
-    def draw_params(self, rng): return [rng.uniform(*self.sigma)]
-    def apply(self, x, params): return gaussian_blur(x, params[:,0], self.kernel_size)
+    def draw_params(self, rng:np.random.Generator)->list: return [rng.uniform(*self.sigma)]
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return gaussian_blur(x, params[:,0], self.kernel_size)
 
 # %% ../nbs/01_augmentations.ipynb #7d8e8e89
 class Augmentation:
@@ -305,12 +305,12 @@ class Augmentation:
         if one_branch and n_views != 2: raise ValueError(f'one_branch is for 2 views, got n_views={n_views}')
         self.size, self.crop, self.transforms = size, crop, transforms
         self.n_views, self.one_branch, self.n_params = n_views, one_branch, sum(t.n_params for t in transforms)
-    def draw(self, rng, width, height):
+    def draw(self, rng:np.random.Generator, width:int, height:int)->tuple:
         "The box and the parameters of one view of one image."
         box = self.crop.draw(rng, width, height)
         return box, [v for t in self.transforms for v in t.draw(rng)]
     def draw_views(self,
-        key, # (seed, epoch, index of the image)
+        key:tuple, # (seed, epoch, index of the image)
         width:int, height:int, # of the image, pixels
     )->tuple: # (boxes, one for each view; params (V, P) float32)
         "The boxes and parameters of an image's views: the key decides, and nothing else."
@@ -320,7 +320,7 @@ class Augmentation:
     def with_views(self, n_views:int)->'Augmentation':
         "The same augmentation with this many independent views."
         return Augmentation(self.size, self.crop, *self.transforms, n_views=n_views)
-    def check_params(self, x, params):
+    def check_params(self, x:Tensor, params:Tensor)->None:
         "A `ValueError` where the parameters are not those of the images."
         if x.ndim != 4 or x.shape[1] > 4 and x.shape[3] <= 4 or params.shape != (len(x), self.n_params):
             raise ValueError(f'expected images (B, 3, H, W) with {self.n_params} parameters each, '

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
@@ -111,7 +112,8 @@ class Encoder(nn.Module):
         **config, # facts in JSON's types: arch, size, stem, and whatever else its file should keep
     ):
         super().__init__()
-        self.num_features, self.config = num_features, dict(arch=None, size=224, stem=None) | config
+        self.num_features = num_features
+        self.config:dict[str, Any] = dict(arch=None, size=224, stem=None) | config
     @property
     def stored(self)->nn.Module:
         "The module whose tensors a file holds, under the names they have there."
@@ -120,7 +122,7 @@ class Encoder(nn.Module):
 # %% ../nbs/02_encoder.ipynb #5f9e79e6
 class ResNet(Encoder):
     "stem, stage1 to stage4, mean."
-    def forward(self, x):
+    def forward(self, x:Tensor)->Tensor:
         x = self.stage2(self.stage1(self.stem(x)))
         return self.mean(self.stage4(self.stage3(x)))
 

@@ -130,7 +130,7 @@ class LARS(torch.optim.Optimizer):
                        trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=None)
         super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, options)
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group)->None:
         _check_options(self.defaults | param_group, self.defaults)
         super().add_param_group(param_group)
     @torch.no_grad()

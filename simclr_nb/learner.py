@@ -48,12 +48,12 @@ class ViewsCallback(Callback):
         memory_format=torch.channels_last,
         compiled:bool=False, # on a GPU: the transforms as one compiled graph
     ): self.augment, self.seed, self.memory_format, self.compiled = augment, seed, memory_format, compiled
-    def before_train(self):
+    def before_train(self)->None:
         if self.sampler: self.sampler.step = self.start + self.step
-    def before_batch(self):
+    def before_batch(self)->None:
         views = self.make(*self.xb)
         self.learn.xb = views.contiguous(memory_format=self.memory_format),
-    def make(self, x, params=None):
+    def make(self, x:Tensor, params:Tensor|None=None)->Tensor:
         "The views of crops and their parameters, or of whole images."
         if x.ndim == 5: return crops_to_views(self.augment, x, params, self.compiled)
         first = (self.iter*get_world_size() + get_rank())*len(x)      # an image's place in the epoch is its key
@@ -61,7 +61,7 @@ class ViewsCallback(Callback):
         look = x.device.type == 'cpu' or self.iter == 0      # at the values: a GPU would be waited for
         return crop_views(self.augment, unit_range(x, look), self.seed, epoch, first,
                           fast_apply(x, self.compiled))
-    def before_validate(self): raise CancelValidException
+    def before_validate(self)->None: raise CancelValidException
 
 # %% ../nbs/07_learner.ipynb #48faebf9
 class ViewsLoss(nn.Module):
@@ -286,13 +286,13 @@ def contrastive_learner(dls, model, loss, own_metrics, own_cbs, *, metrics=None,
 
 # %% ../nbs/07_learner.ipynb #666a358d
 def build_model(
-    arch='resnet50', # as in `simclr_learner`
+    arch:str|nn.Module='resnet50', # as in `simclr_learner`
     size:int=224, # side of the views, pixels
     *,
-    weights=None, # as in `simclr_learner`
+    weights:str|Path|None=None, # as in `simclr_learner`
     stem:str|None=None, # as in `simclr_learner`
     channels:int|None=None, # of the images, where they are not RGB; None: 3, or those of `arch`
-    head='nonlinear', # as in `simclr_learner`
+    head:str|nn.Module='nonlinear', # as in `simclr_learner`
     projection_dim:int=128, # as in `simclr_learner`
     micro_batch:int|None=None, # as in `simclr_learner`
     grad_checkpoint:bool=False, # as in `simclr_learner`
@@ -334,15 +334,15 @@ def keep_batch_size(learn:SimCLRLearner, data, batch_size:int|None):
 
 # %% ../nbs/07_learner.ipynb #e71c1119
 def simclr_learner(
-    data, # folder of images, name of a preset, `ImageSet`, or fastai `DataLoaders` of images in [0, 1]
-    arch='resnet50', # as for `build_encoder`: 'resnet18' to 'resnet152', 'resnet50_2x', 'timm:NAME', …; an nn.Module
+    data:str|Path|ImageSet|DataLoaders, # folder of images, name of a preset, a set; or fastai's, of images in [0, 1]
+    arch:str|nn.Module='resnet50', # as for `build_encoder`: 'resnet18', 'resnet50_2x', 'timm:NAME', …; an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
     batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders
-    head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
+    head:str|nn.Module='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
-    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', …; None: random
+    weights:str|Path|None=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations

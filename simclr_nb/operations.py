@@ -29,8 +29,8 @@ def rotate(
 class RandomQuarterTurn(RandomTransform):
     "Turns by 0, 90, 180 or 270 degrees, equally likely."
     def __init__(self, p:float=.75): super().__init__(p)
-    def draw_params(self, rng): return [rng.integers(1, 4)]
-    def apply(self, x, params): return rotate(x, params[:,0])
+    def draw_params(self, rng:np.random.Generator)->list: return [rng.integers(1, 4)]
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return rotate(x, params[:,0])
 
 # %% ../nbs/01a_operations.ipynb #5c50da8c
 def cutout(
@@ -123,33 +123,34 @@ class RandomCutout(RandomTransform):
     ):
         super().__init__(p)
         self.size, self.side = size, round(fraction*size)
-    def draw_params(self, rng): return [*rng.integers(self.size - self.side + 1, size=2), self.side]
-    def apply(self, x, params): return cutout(x, *params.unbind(1))
+    def draw_params(self, rng:np.random.Generator)->list:
+        return [*rng.integers(self.size - self.side + 1, size=2), self.side]
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return cutout(x, *params.unbind(1))
 
 # %% ../nbs/01a_operations.ipynb #42f3de5c
 class RandomNoise(RandomTransform):
     "Adds Gaussian noise, σ uniform."
     n_params = 2
-    def __init__(self, sigma=(.05, .25), p:float=.5):
+    def __init__(self, sigma:tuple=(.05, .25), p:float=.5):
         super().__init__(p)
         self.sigma = sigma
-    def draw_params(self, rng): return [rng.uniform(*self.sigma), rng.integers(1, 2**24)]
-    def apply(self, x, params): return gaussian_noise(x, *params.unbind(1))
+    def draw_params(self, rng:np.random.Generator)->list: return [rng.uniform(*self.sigma), rng.integers(1, 2**24)]
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return gaussian_noise(x, *params.unbind(1))
 
 # %% ../nbs/01a_operations.ipynb #e8926120
 class RandomSobel(RandomTransform):
     "Keeps the edges only."
     needs_rgb = True
-    def apply(self, x, params): return sobel(x)
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return sobel(x)
 
 class RandomSolarize(RandomTransform):
     "Inverts bright values."
-    def apply(self, x, params): return solarize(x)
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return solarize(x)
 
 class RandomEqualize(RandomTransform):
     "Spreads the histogram."
     needs_rgb = True
-    def apply(self, x, params): return equalize(x)
+    def apply(self, x:Tensor, params:Tensor)->Tensor: return equalize(x)
 
 class RandomMotionBlur(RandomTransform):
     "Blurs along a line of any direction, its length uniform between 3 pixels and `longest`."
@@ -157,8 +158,10 @@ class RandomMotionBlur(RandomTransform):
     def __init__(self, longest:int, p:float=.5):
         super().__init__(p)
         self.longest = longest
-    def draw_params(self, rng): return [rng.uniform(3, max(3, self.longest)), rng.uniform(0, math.pi)]
-    def apply(self, x, params): return motion_blur(x, *params.unbind(1), kernel_size=2*(self.longest//2) + 3)
+    def draw_params(self, rng:np.random.Generator)->list:
+        return [rng.uniform(3, max(3, self.longest)), rng.uniform(0, math.pi)]
+    def apply(self, x:Tensor, params:Tensor)->Tensor:
+        return motion_blur(x, *params.unbind(1), kernel_size=2*(self.longest//2) + 3)
 
 # %% ../nbs/01a_operations.ipynb #5e626a0b
 class AutoAugment(RandomTransform):
@@ -171,8 +174,8 @@ class AutoAugment(RandomTransform):
         super().__init__(p)
         from torchvision.transforms import v2            # takes seconds: only where it is needed
         self.policy = v2.AutoAugment(v2.AutoAugmentPolicy(policy))
-    def draw_params(self, rng): return [rng.integers(1, 2**24)]
-    def apply(self, x, params):
+    def draw_params(self, rng:np.random.Generator)->list: return [rng.integers(1, 2**24)]
+    def apply(self, x:Tensor, params:Tensor)->Tensor:
         images, seeds = (x*255).round().byte(), params[:,0].tolist()
         with torch.random.fork_rng(devices=[]):
             out = [self._one(im, seed) for im, seed in zip(images, seeds)]

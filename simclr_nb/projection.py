@@ -65,7 +65,7 @@ class ProjectionHead(nn.Module):
         self.kind, self.dim_in, self.bn = kind, dim_in, bn
         self.dim_out = dim_in if kind == 'none' else dim_out
 
-    def forward(self, h):
+    def forward(self, h:Tensor)->Tensor:
         if h.ndim != 2 or h.shape[1] != self.dim_in:
             raise ValueError(f'this head takes h of shape (B, {self.dim_in}), got {tuple(h.shape)}')
         if self.training and self.bn and len(h) < 2 and len(self.layers):

@@ -149,7 +149,8 @@ def other_channels(images)->str:
 def with_channels(
     images:ImageSet,
     channels:int, # that every image has
-    low=None, high=None, # values that become 0 and 1: a number, or one for each channel; None: measured
+    # values that become 0 and 1: a number, or one for each channel; None: measured
+    low:float|list|None=None, high:float|list|None=None,
 )->ImageSet:
     "The same set, read as it is, without making RGB of it."
     if channels < 1: raise ValueError(f'images have 1 channel or more, got {channels}')

@@ -65,13 +65,13 @@ class TwoCropDataset(Dataset):
             bad.add(j)
         raise BadImage(f'none of the {len(bad)} images tried, of {len(self)} in the set, can be read: '
                        f'{listing(self.images.files[j] for j in bad)}. The first: {first}')
-    def views(self, epoch, i):
+    def views(self, epoch:int, i:int)->tuple:
         "(crops, params) of image i in an epoch."
         crops, params = self.cut((self.seed, epoch, i), i)
         partner = self.positives and self._second_view(epoch, i)
         if not partner: return crops, params
         return torch.cat([crops[:1], partner[0][1:]]), np.concatenate([params[:1], partner[1][1:]])
-    def cut(self, key, i):
+    def cut(self, key:tuple, i:int)->tuple:
         "(crops, params) of image i by a key."
         file, size, depth = self.images.files[i], self.augment.size, self.images.depth
         if depth:
@@ -206,7 +206,7 @@ class EvalDataset(Dataset):
                 box = central_box(*oriented_size(im), self.crop_pct)
                 return decode_crops(im, [box], self.size)[0], i
         except BadImage: return None
-    def whole(self, i, depth):
+    def whole(self, i:int, depth):
         x = depth.read(self.images.files[i])
         return depth.crops(x, [central_box(x.shape[2], x.shape[1], self.crop_pct)], self.size)[0]
     def collate(self, items):

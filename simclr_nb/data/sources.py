@@ -166,7 +166,7 @@ def load_images(
 
 # %% ../../nbs/data/06_sources.ipynb #393aaac8
 def augmentations_for(
-    source, # a name in `presets`, or anything else
+    source:str|Path|ImageSet, # a name in `presets`, or anything else
     size:int, # side of the views, pixels
 )->Augmentation: # the preset's; of other images the paper's for CIFAR-10 up to 32 pixels, else the paper's for ImageNet
     "The augmentation that suits a source."

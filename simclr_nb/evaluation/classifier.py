@@ -103,7 +103,7 @@ def _label_accuracy(prediction, label, *rest): return (prediction.argmax(1) == l
 # %% ../../nbs/evaluation/01_classifier.ipynb #02b08ba5
 def supervised_learner(
     data, # folder with a subfolder for each class, name of a preset, or `ImageSet` with labels
-    arch='resnet50', # see `build_encoder`
+    arch:str|nn.Module='resnet50', # see `build_encoder`
     size:int|None=None, # as in `simclr_learner`
     augment:Augmentation|None=None, # as in `simclr_learner`; one view of it is used
     batch_size:int=256, # images per step, over all processes

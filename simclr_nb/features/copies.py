@@ -201,6 +201,6 @@ def image_advice(
     return found
 
 # %% ../../nbs/features/06_copies.ipynb #79e05843
-def look_at_images(images:ImageSet):
+def look_at_images(images:ImageSet)->None:
     "Warn of what `image_advice` finds."
     for sentence in image_advice(images).values(): warnings.warn(sentence, stacklevel=2)

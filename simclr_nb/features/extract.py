@@ -97,7 +97,7 @@ def _features(encoders, loader, images, widths):
 
 # %% ../../nbs/features/01_extract.ipynb #cdbfc13a
 def extract_features(
-    encoder, # (B, 3, size, size) in [0, 1] to (B, d); or a dict of several by name, for which each image is read once
+    encoder:nn.Module|dict, # (B, 3, size, size) in [0, 1] to (B, d); or several by name: each image is read once
     images:ImageSet,
     size:int, # side, pixels
     crop:float=1., # fraction of the shorter side to keep, .01 to 1; .875 for ImageNet
@@ -208,7 +208,7 @@ def extraction_facts(encoder, images, size, crop, transform)->dict:
 # %% ../../nbs/features/01_extract.ipynb #5e547a89
 class FeatureStore:
     "Features in a folder: features.npy, indices.npy, and progress.json, which says how many rows count."
-    def __init__(self, folder, facts):
+    def __init__(self, folder, facts:dict):
         self.folder, self.progress = Path(folder), Path(folder)/'progress.json'
         self.state = dict(facts=facts, rows=0, next=0)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ class FeatureStore:
     def _damaged(self, name):
         return ValueError(f'{self.folder/name} is damaged or cut short: '
                           f'remove the folder {self.folder}, and the features are computed again')
-    def arrays(self, n, d):
+    def arrays(self, n:int, d:int)->tuple:
         "Features and indices of n images, on the disk; there already, or new."
         if self.state['next']: return self._old(n)
         return self._reserve('features', np.float32, (n, d)), self._reserve('indices', np.int64, (n,))
@@ -260,7 +260,7 @@ class FeatureStore:
             self.append(arrays, h, start + i)
         if arrays is None: raise ValueError(f'none of the {n} images could be read')
         return tuple(torch.from_numpy(a[:self.state['rows']]) for a in arrays)
-    def append(self, arrays, h, i):
+    def append(self, arrays, h, i)->None:
         "Write a batch, then count it."
         a, b = self.state['rows'], self.state['rows'] + len(h)
         for array, new in zip(arrays, (h, i)):

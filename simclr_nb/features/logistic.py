@@ -14,6 +14,7 @@ import numpy as np, torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import train_test_split
 from sklearn.utils import compute_sample_weight
+from numpy.typing import ArrayLike
 from torch import Tensor
 from ..core import TooFewImages
 from .metrics import (
@@ -277,7 +278,7 @@ class LogisticClassifier(ClassifierMixin, BaseEstimator):
         self.splits, self.standardize, self.random_state = splits, standardize, random_state
     def fit(self,
         X:Tensor, # (n, d) features of the training images
-        y, # (n,) their classes, integers from 0, or texts
+        y:ArrayLike, # (n,) their classes, integers from 0, or texts
     ):
         "Choose the penalty, then train with all images; self."
         h = as_features(X)

@@ -13,6 +13,7 @@ import numpy as np, torch
 from scipy.stats import t as student_t
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../../nbs/features/02_metrics.ipynb #60684cfc
@@ -116,16 +117,16 @@ def _pair(y, pred):
 
 # %% ../../nbs/features/02_metrics.ipynb #2d6dce82
 def accuracy(
-    y, # (n,) classes
-    pred, # (n,) predicted classes
+    y:ArrayLike, # (n,) classes
+    pred:ArrayLike, # (n,) predicted classes
 )->float: # percent
     "Share of correct predictions, percent."
     y, pred = _pair(y, pred)
     return 100*float((y == pred).mean())
 
 def balanced_accuracy(
-    y, # (n,) classes
-    pred, # (n,) predicted classes
+    y:ArrayLike, # (n,) classes
+    pred:ArrayLike, # (n,) predicted classes
 )->float: # percent
     "Mean over the classes in y of the accuracy within each, percent."
     y, pred = _pair(y, pred)
@@ -133,8 +134,8 @@ def balanced_accuracy(
 
 # %% ../../nbs/features/02_metrics.ipynb #fa1dc3a3
 def map11(
-    y, # (n, C) truth, 0 or 1
-    scores, # (n, C), larger for likelier
+    y:ArrayLike, # (n, C) truth, 0 or 1
+    scores:ArrayLike, # (n, C), larger for likelier
 )->float: # percent
     "11-point mean average precision, as in VOC 2007, percent."
     order = np.argsort(-to_numpy(scores).astype(float), 0, kind='stable')
@@ -172,8 +173,8 @@ def _swap_counts(y, a, b, metric, samples, rng):
 
 # %% ../../nbs/features/02_metrics.ipynb #fc8fc16b
 def permutation_test(
-    y, # (n,) classes, or what else the metric compares with
-    a, b, # predictions of two models, image by image: (n,) classes, or (n, C) scores
+    y:ArrayLike, # (n,) classes, or what else the metric compares with
+    a:ArrayLike, b:ArrayLike, # predictions of two models, image by image: (n,) classes, or (n, C) scores
     metric=accuracy, # one of `metrics`, by name or itself, or any function of truth and predictions
     samples:int=100_000,
     seed:int=0,
@@ -275,8 +276,8 @@ def paired_test(
 # %% ../../nbs/features/02_metrics.ipynb #28ab655c
 def bootstrap_interval(
     metric, # a function of truth and predictions
-    y, # (n,) classes, or (n, C) of 0 and 1
-    predictions, # image by image: (n,) classes, or (n, C) scores
+    y:ArrayLike, # (n,) classes, or (n, C) of 0 and 1
+    predictions:ArrayLike, # image by image: (n,) classes, or (n, C) scores
     samples:int=1000,
     level:float=.95,
     seed:int=0,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np, torch, torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin
+from numpy.typing import ArrayLike
 from torch import Tensor
 from ..core import TooFewImages
 from ..data.sets import ImageSet, stratified_split
@@ -164,7 +165,7 @@ class NeighborClassifier(ClassifierMixin, BaseEstimator):
     ): self.n_neighbors, self.temperature = n_neighbors, temperature
     def fit(self,
         X:Tensor, # (n, d) features of the training images
-        y, # (n,) their classes, integers from 0, or texts
+        y:ArrayLike, # (n,) their classes, integers from 0, or texts
     ):
         "Keep the features and their classes; self."
         check_number('temperature', self.temperature, 0, math.inf, above=True)
@@ -200,7 +201,7 @@ class NeighborChoice(NamedTuple):
 @torch.no_grad()
 def choose_neighbors(
     X:Tensor, # (n, d) features of the training images
-    y, # (n,) their classes, as in `NeighborClassifier`
+    y:ArrayLike, # (n,) their classes, as in `NeighborClassifier`
     ks=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), # numbers of voters to choose from; n - 1 at most
     temperatures=(.02, .05, .1, .2, .5, math.inf),
     most:int=4000, # images that are classified by the others, at most

@@ -46,7 +46,7 @@ def effective_rank(
 
 # %% ../../nbs/features/04_spectrum.ipynb #3664460a
 def rankme(
-    h, # (n, d) features
+    h:Tensor, # (n, d) features
     eps:float=1e-7, # of the paper, for the logarithm of 0
 )->float: # 1 to min(n, d); 0 where all features are zero
     "RankMe: exponential of the entropy of the singular values, which are not centered."
@@ -61,7 +61,7 @@ def variances(
 
 # %% ../../nbs/features/04_spectrum.ipynb #ad2c7a2f
 def alpha_req(
-    h, # (n, d) features
+    h:Tensor, # (n, d) features
     first:int=11, last:int=100, # positions in the spectrum, counted from 1
 )->float: # NaN where fewer than 10 positions hold any variance
     "α-ReQ: the exponent of the power law that the variances follow."
@@ -75,7 +75,7 @@ def alpha_req(
 
 # %% ../../nbs/features/04_spectrum.ipynb #a0705129
 def lidar(
-    h, # (n, q, d) features of q views of each of n images
+    h:Tensor, # (n, q, d) features of q views of each of n images
     delta:float=1e-4, # of the paper, added to the variances within an image
     eps:float=1e-7, # as for `rankme`
 )->float: # 0 where all images have the same features, else 1 to min(n - 1, d)
@@ -94,7 +94,7 @@ def lidar(
 
 # %% ../../nbs/features/04_spectrum.ipynb #688eacf2
 def label_free(
-    h, # (n, q, d) features of q views of each of n images
+    h:Tensor, # (n, q, d) features of q views of each of n images
 )->dict: # rankme, alpha_req, lidar
     "The three measures."
     rows = h.flatten(0, 1)

@@ -169,7 +169,7 @@ def plot_map(
     labels=None, # (n,) integers
     classes=None, # their names
     method:str='tsne', # see `project_2d`
-    images=None, # n of them, an `ImageSet`: lay thumbnails on the map
+    images:ImageSet|None=None, # n of them, an `ImageSet`: lay thumbnails on the map
     seed:int=0,
     xy=None, # (n, 2) places, where `project_2d` has been called already
 ): # the figure

@@ -91,7 +91,7 @@ class SanityChecksCallback(Callback):
     def __init__(self,
         late:bool|None=None, # look at a gradient one step later, without waiting for it; None: unless on a CPU
     ): self.late = late
-    def before_fit(self):
+    def before_fit(self)->None:
         dataset = self.dls.train.dataset
         check_batch(len(dataset), self.batch_size)
         if isinstance(dataset, TwoCropDataset): dataset[0]          # is there one that can be read?
@@ -105,20 +105,20 @@ class SanityChecksCallback(Callback):
         self.asked_at = f'step {self.step} (epoch {self.epoch})'
         late = self.grad_norm.device.type != 'cpu' if self.late is None else self.late
         if not late: self.check_gradient('stopped before it reached the weights')
-    def check_gradient(self, what='the weights have it by now, and no checkpoint does: go on from the last one'):
+    def check_gradient(self, what='the weights have it by now, and no checkpoint does: go on from the last one')->None:
         "An error if the gradient of the last step is not finite and nobody has looked yet."
         norm = self.coming.get()
         if norm is None or norm.isfinite(): return
         raise FloatingPointError(f'the gradient is not finite at {self.asked_at}: {what}. '
                                  'Try a lower learning rate, a longer warm-up, or full precision.')
-    def after_train(self): self.check_gradient()
-    def check_scale(self, scaler):
+    def after_train(self)->None: self.check_gradient()
+    def check_scale(self, scaler)->None:
         "In float16 a gradient may overflow now and then, but not at every scale."
         if scaler.get_scale() < 2**-10:
             raise FloatingPointError('the gradient is not finite in float16, however small its scale: '
                                      'take bf16 or full precision')
         self.grad_norm /= scaler.get_scale()
-    def after_fit(self): warn_of_unreadable(self.dls.train.dataset)
+    def after_fit(self)->None: warn_of_unreadable(self.dls.train.dataset)
     def unreadable_files(self)->list:
         "Files of the training set that could not be read."
         return unreadable_files(self.dls.train.dataset)
@@ -180,7 +180,7 @@ class FreezeEncoderCallback(Callback):
     "For the first epochs only the head learns."
     order = 9        # after mixed precision has put the scale of the gradients right
     def __init__(self, epochs:int): self.epochs = epochs
-    def before_step(self):
+    def before_step(self)->None:
         if self.epochs_completed() < self.epochs:
             for p in unwrap(self.model).encoder.parameters(): p.grad = None
 

@@ -130,27 +130,27 @@ class DoctorCallback(Callback):
     ):
         self.untrained, self.most_waiting, self.patience, self.settled = untrained, most_waiting, patience, settled
         self.said = {}
-    def before_fit(self):
+    def before_fit(self)->None:
         self.run = not hasattr(self.learn, 'lr_finder')               # which drives a run into the wall on purpose
         self.wait = need_callback(self.learn, DataWaitCallback, self)
         self.measured = need_callback(self.learn, ContrastiveMetricsCallback, self)
         self.said, self.entries, self.first = {}, [], DelayedValue()
         self.plan = plan_advice(len(self.dls.train.dataset), self.batch_size, self.n_epoch)
         self.begin_entry()
-    def begin_entry(self): self.n_steps, self.loss_sum, self.accuracy_sum, self.n_measured = 0, 0., 0., 0
-    def say(self, advice):
+    def begin_entry(self)->None: self.n_steps, self.loss_sum, self.accuracy_sum, self.n_measured = 0, 0., 0., 0
+    def say(self, advice)->None:
         for symptom, sentence in advice.items():
             if symptom in self.said or get_rank(): continue
             self.said[symptom] = sentence
             warnings.warn(sentence, stacklevel=2)
-    def state_dict(self):
+    def state_dict(self)->dict:
         sums = dict(loss_sum=float(self.loss_sum), accuracy_sum=float(self.accuracy_sum))
         return sums | dict(said=self.said, entries=self.entries, n_steps=self.n_steps,
                            n_measured=self.n_measured)
-    def load_state_dict(self, state): vars(self).update(state)
-    def before_train(self):
+    def load_state_dict(self, state:dict)->None: vars(self).update(state)
+    def before_train(self)->None:
         if self.step == 0: self.say(self.plan)              # a run that is taken up again has heard it
-    def after_batch(self):
+    def after_batch(self)->None:
         self.n_steps, self.loss_sum = self.n_steps + 1, self.loss_sum + self.loss.detach()
         if self.step > 1: self.look_at_first()
         elif self.start == 0: self.first.put(self.first_numbers())
@@ -159,12 +159,12 @@ class DoctorCallback(Callback):
     def first_numbers(self):
         z, temperature = self.pred[1].detach(), self.measured.temperature
         return torch.stack([self.loss.detach().float(), z_spread(z), contrastive_metrics(z, temperature)[0].float()])
-    def look_at_first(self):
+    def look_at_first(self)->None:
         numbers = self.first.get()
         if numbers is None: return
         temperature = getattr(self.loss_func, 'temperature', None)
         self.say(first_step_advice(*numbers.tolist(), self.batch_size, temperature, self.untrained))
-    def look_at_waiting(self):
+    def look_at_waiting(self)->None:
         wait = self.wait
         if wait.total < self.patience or wait.share <= self.most_waiting: return
         workers = getattr(self.dls.train, 'num_workers', 0)

@@ -31,24 +31,24 @@ class ContrastiveMetricsCallback(Callback):
         self.temperature, self.given, self.every = temperature, every, every
         self.sums, self.count = None, 0
     def metrics(self): return [ValueMetric(partial(self.mean, i), name) for i, name in enumerate(self.names)]
-    def before_fit(self):
+    def before_fit(self)->None:
         self.total = self.steps_in(self.n_epoch)
         self.every = self.given or -(-self.total//2000)
     def measure_every(self, steps:int):
         "So many steps lie between measurements of this run."
         self.every = steps
-    def before_train(self):
+    def before_train(self)->None:
         self.sums, self.count = torch.zeros(2, device=self.dls.device), 0
         self.began, self.first = time.perf_counter(), self.step
-    def after_loss(self):
+    def after_loss(self)->None:
         if not (self.training and self.is_logged(self.step + 1)): return
         self.z = self.pred[1].detach()
         self.latest = torch.stack(contrastive_metrics(self.z, self.temperature, gather=gather_rows)).float()
         self.sums, self.count = self.sums + self.latest, self.count + 1
-    def is_logged(self, steps):
+    def is_logged(self, steps:int):
         "Is there a measurement once so many steps are done?"
         return steps % self.every == 0 or self.iter + 1 == self.n_iter
-    def mean(self, i):
+    def mean(self, i:int):
         "The mean of one metric over the logged steps of the epoch, and over all processes; None: nothing is measured."
         if self.sums is None: return None
         return float(mean_over_ranks(self.sums/max(1, self.count))[i])
@@ -57,7 +57,7 @@ class ContrastiveMetricsCallback(Callback):
         z = gather_detached(self.z)
         align = alignment(z)
         return torch.stack([align, uniformity(z) if len(z) > 2 else torch.full_like(align, math.nan)])
-    def after_batch(self):
+    def after_batch(self)->None:
         "Images per second and the time left, in the progress bar."
         bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
         if bar is None or self.step == self.first: return
@@ -75,36 +75,37 @@ class HistoryCallback(Callback):
         path:str|Path, # the file
         lines:int=2000, # at most about so many, at even distances
     ): self.path, self.lines = Path(path), lines
-    def before_fit(self):
+    def before_fit(self)->None:
         self.total, self.epochs = self.steps_in(self.n_epoch), self.n_epoch
         self.checks = need_callback(self.learn, SanityChecksCallback, self)
         self.measured = need_callback(self.learn, ContrastiveMetricsCallback, self)
         self.measured.measure_every(-(-self.total//self.lines))
         self.sums, self.count, self.begun = torch.zeros(2, device=self.dls.device), 0, False
-    def before_epoch(self):
+    def before_epoch(self)->None:
         self.since, self.timed = time.perf_counter(), 0
         if not (self.begun or get_rank()): self.begin()
         self.begun = True
-    def state_dict(self): return dict(sums=self.sums.cpu(), count=self.count)
-    def load_state_dict(self, state): self.sums, self.count = state['sums'].to(self.dls.device), state['count']
-    def begin(self):
+    def state_dict(self)->dict: return dict(sums=self.sums.cpu(), count=self.count)
+    def load_state_dict(self, state:dict)->None:
+        self.sums, self.count = state['sums'].to(self.dls.device), state['count']
+    def begin(self)->None:
         "A file with the lines up to the position of the run."
         lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() and self.step else []
         rows = widened(lines, self.columns)
         steps = [(_numbers(row, len(self.columns)) or [math.inf])[0] for row in rows]     # a damaged one goes
         kept = [row for row, step in zip(rows, steps) if step <= self.step]
         atomic_write(self.path, ('\n'.join([','.join(self.columns), *kept]) + '\n').encode())
-    def after_batch(self):
+    def after_batch(self)->None:
         self.sums += torch.stack([self.loss.detach().float(), self.checks.grad_norm.float()])
         self.count, self.timed = self.count + 1, self.timed + 1
         if self.measured.is_logged(self.step): self.write_means()
-    def after_epoch(self):
+    def after_epoch(self)->None:
         "A line of what other callbacks have found at the end of this epoch."
         found = {}
         for cb in self.learn.cbs:
             if hasattr(type(cb), 'for_history'): found |= cb.for_history(self.epochs_completed())
         if any(v is not None for v in found.values()): self.write(**found)
-    def write_means(self):
+    def write_means(self)->None:
         "A line with the means since the last one."
         means = torch.cat([self.sums/self.count, self.measured.latest.to(self.sums)])
         numbers = torch.cat([mean_over_ranks(means), self.measured.geometry().to(means)])
@@ -115,7 +116,7 @@ class HistoryCallback(Callback):
             images_per_second=images/(now - self.since))
         self.sums, self.count = torch.zeros_like(self.sums), 0
         self.since, self.timed = now, 0
-    def write(self, **values):
+    def write(self, **values)->None:
         "A line; what has no value stays empty."
         if get_rank(): return
         values |= dict(step=self.step, epoch=f'{self.step*self.epochs/self.total:.4f}')
@@ -136,7 +137,7 @@ def _cell(value):
     return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 # %% ../../nbs/training/04_history.ipynb #18e10789
-def _numbers(line, n): # None: the line is damaged
+def _numbers(line, n:int): # None: the line is damaged
     cells = line.split(',')
     try: return [float(v or 'nan') for v in cells] if len(cells) == n else None
     except ValueError: return None

@@ -142,7 +142,7 @@ def memory_per_device(
     return dict(weights=weights, gradients=trained, momentum=trained, buckets=trained*(world_size > 1),
                 activations=_peak_activations(model, n, size, dtype))
 
-def _peak_activations(model, n, size, dtype):
+def _peak_activations(model, n:int, size, dtype):
     "What n images add at the highest point of a step."
     paper = _on_paper(model, dtype)
     once, twice = (_step_on_paper(paper, k, size, dtype)[1] for k in (n, 2*n))

@@ -54,17 +54,17 @@ class OnlineProbeCallback(Callback):
     ):
         self.labels, self.lr, self.fraction, self.seed = labels, lr, fraction, seed
         self.layer, self.accuracy, self.accuracies = None, None, {}
-    def before_fit(self):
+    def before_fit(self)->None:
         self.y = labels_of(self.dls.train.dataset, self.labels).to(self.dls.device)
         held_out = keyed_rng(self.seed, view=Stream.HELD_OUT).random(len(self.y)) < self.fraction
         self.held_out = torch.as_tensor(held_out, device=self.y.device)
         self.classes = int(self.y.max()) + 1
         self.right, self.total = torch.zeros(2, self.classes, device=self.y.device)
-    def make_layer(self, dim):
+    def make_layer(self, dim:int)->None:
         self.layer = zero_linear(dim, self.classes).to(self.y.device)
         lr = scale_lr(self.batch_size//get_world_size(), 'linear', .1) if self.lr is None else self.lr
         self.sgd = torch.optim.SGD(self.layer.parameters(), lr=lr, momentum=.9, nesterov=True)
-    def after_batch(self):
+    def after_batch(self)->None:
         "Test the layer on held-out images of the batch, then train it on the others."
         if not self.training: return
         h, rows = self.pred[0].detach().float(), self.yb[-1].to(self.y.device).repeat(2)
@@ -78,17 +78,17 @@ class OnlineProbeCallback(Callback):
         self.sgd.zero_grad()
         loss.backward()
         self.sgd.step()
-    def after_epoch(self):
+    def after_epoch(self)->None:
         some = self.total > 0
         if some.any():
             self.accuracy = 100*float((self.right[some]/self.total[some]).mean())
             self.accuracies[self.epochs_completed()] = self.accuracy
         self.right, self.total = torch.zeros_like(self.right), torch.zeros_like(self.total)
-    def state_dict(self):
+    def state_dict(self)->dict:
         "What a run that goes on needs."
         state = dict(right=self.right.cpu(), total=self.total.cpu())
         return state | (dict(layer=self.layer.state_dict(), sgd=self.sgd.state_dict()) if self.layer else {})
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict)->None:
         self.right, self.total = state['right'].to(self.y.device), state['total'].to(self.y.device)
         if 'layer' not in state: return
         self.make_layer(state['layer']['weight'].shape[1])
@@ -106,11 +106,11 @@ class OnlineEvalCallback(Callback):
     ):
         if every < 1: raise ValueError(f'every counts epochs, from 1 on; got {every}')
         self.evaluate, self.every, self.accuracy, self.accuracies = evaluate, every, None, {}
-    def after_epoch(self):
+    def after_epoch(self)->None:
         done, last = self.epochs_completed(), self.epoch + 1 == self.n_epoch
         if done % self.every and not last: return
         with others_wait(): self.look(done)
-    def look(self, done):
+    def look(self, done:int)->None:
         "In the first process."
         if get_rank(): return
         with no_random(): self.accuracy = self.evaluate(unwrap(self.model).encoder)
@@ -166,16 +166,16 @@ class OnlineMeasuresCallback(Callback):
         if views < 2 or views % 2: raise ValueError(f'views come in pairs: an even number of 2 or more, got {views}')
         if images < 2: raise ValueError(f'images are compared: 2 or more, got {images}')
         self.every, self.images, self.views, self.values = every, images, views, {}
-    def before_fit(self):
+    def before_fit(self)->None:
         if isinstance(self.dls.train.dataset, TwoCropDataset): return
         raise ValueError('OnlineMeasuresCallback needs loaders that draw views by key: '
                          'give simclr_learner images, not DataLoaders')
-    def after_epoch(self):
+    def after_epoch(self)->None:
         done, last = self.epochs_completed(), self.epoch + 1 == self.n_epoch
         if done % self.every and not last: return
         with others_wait():
             if not get_rank(): self.look(done)
-    def look(self, done):
+    def look(self, done:int)->None:
         "In the first process."
         dataset, encoder = self.dls.train.dataset, unwrap(self.model).encoder
         self.values[done] = label_free(view_features(encoder, dataset, self.images, self.views))

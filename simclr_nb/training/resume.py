@@ -192,7 +192,7 @@ class CheckpointsCallback(Callback):
         self.folder, self.save_every, self.keep, self.config = Path(folder), save_every, keep, config or {}
         self.encoder_file, self.accept_changed_files = encoder_file, accept_changed_files
         self.signals = StopSignals(can_stop=lambda: self.learn is not None)
-    def before_fit(self):
+    def before_fit(self)->None:
         if not self.sampler:
             raise ValueError("a run can be taken up again only with the library's own loaders: "
                              'give simclr_learner images, not DataLoaders')
@@ -204,23 +204,23 @@ class CheckpointsCallback(Callback):
         check_all_agree(self.folder, state)
         if state: self.restore(state, path)
         self.signals.catch()
-    def restore(self, state:dict, path:Path):
+    def restore(self, state:dict, path:Path)->None:
         "Take up a run where `state` left it, if it is this run."
         check_same_run(state['config'], self.identity, path)
         if 'marks' in state and not self.accept_changed_files:
             check_files(state['marks'], self.marks, self.dls.train.dataset.images.files, path)
         restore_run(self.learn, state)
         self.restored_step = self.step
-    def before_epoch(self): self.recorder.log[0] = self.epochs_completed()     # the table of the run goes on, too
-    def after_batch(self):
+    def before_epoch(self)->None: self.recorder.log[0] = self.epochs_completed()     # the table of the run goes on, too
+    def after_batch(self)->None:
         if self.iter + 1 < self.n_iter: self.save_or_stop(self.step % self.save_every == 0)    # else with the epoch
-    def after_epoch(self): self.save_or_stop(True)
-    def save_or_stop(self, due:bool):
+    def after_epoch(self)->None: self.save_or_stop(True)
+    def save_or_stop(self, due:bool)->None:
         "Save if it is time, or if any process was asked to stop; then stop."
         stop = any_rank(self.signals.requested is not None, self.loss.device)
         if stop or due: self.save()
         self.signals.leave(stop)
-    def save(self):
+    def save(self)->None:
         "Save the state as it is, unless it is saved already."
         if self.saved == self.step: return
         self.checks.check_gradient()                           # nothing that is not finite is saved
@@ -233,5 +233,5 @@ class CheckpointsCallback(Callback):
             if self.encoder_file: self.save_encoder(self.encoder_file)
         except OSError as e: raise no_space(self.folder, self.step, e) from e
         for old in saved_states(self.folder)[self.keep:]: old.unlink()
-    def after_fit(self): self.signals.release()
-    def after_failed_fit(self): self.signals.release()
+    def after_fit(self)->None: self.signals.release()
+    def after_failed_fit(self)->None: self.signals.release()

@@ -102,7 +102,7 @@ def _color_cv(transform:ColorDistortion, im, params):
     return im
 
 # %% ../../nbs/training/01_views.ipynb #547f8b73
-def _apply_one(augment, im, params):
+def _apply_one(augment, im, params:Tensor):
     "All transforms on one image (H, W, 3) of bytes or floats."
     if im.dtype == np.uint8: im = np.multiply(im, np.float32(1/255), dtype=np.float32, order='C')
     else: im = np.ascontiguousarray(im)
