@@ -37,7 +37,8 @@ class Cells(pytest.Item):
     def runtest(self):
         flags = self.config.getoption('--flags').split()
         command = [sys.executable, root/'tests/notebooks.py', self.path, *flags]
-        done = forks.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        env = {**os.environ, forks.nested: '1'}
+        done = forks.run(command, cwd=root, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode or 'Success.' not in done.stdout: raise Wrong(done.stdout + done.stderr)
 
     def repr_failure(self, excinfo, style=None):

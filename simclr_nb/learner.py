@@ -342,7 +342,7 @@ def simclr_learner(
     head='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
-    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', 'official:PATH', …; None: random
+    weights=None, # to start from, as for `named_encoder`: an encoder file, 'timm:NAME', …; None: random
     stem:str|None=None, # of our ResNets: 'imagenet', 'cifar' or 'small'; None: what suits the size
     optimizer:str='lars', # 'lars', 'sgd' (Nesterov, momentum 0.9) or 'adam'
     seed:int=0, # of weights, order and augmentations

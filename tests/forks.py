@@ -7,7 +7,7 @@ afresh, as it does where there is no server. The server runs no operation of PyT
 thread, so that a fork of it can do anything. `tests/test_forks.py` compares forks with fresh processes.
 """
 import atexit, gc, importlib, io, json, os, pickle, runpy, select, signal, socket, struct, subprocess, sys
-import tempfile, threading, time, types, warnings
+import tempfile, threading, time, types, warnings, weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,14 +180,15 @@ class Process:
 
 def together(target, n, args, seconds):
     "Run target(rank, *args) in n processes; an error where one of them fails, or takes longer than this."
-    processes, end = [Process(target, (rank, *args)) for rank in range(n)], time.monotonic() + seconds
+    processes = [Process(target, (rank, *args)) for rank in range(n)]
     try:
         for p in processes: p.start()
+        end = time.monotonic() + seconds                            # the server has its imports behind it
         while any(p.is_alive() for p in processes):
             assert time.monotonic() < end, f'{n} processes were not done after {seconds} s'
-            assert not any(p.exitcode for p in processes), 'one of the processes has failed'
-            processes[0].join(.05) if processes[0].is_alive() else time.sleep(.02)
-        assert [p.exitcode for p in processes] == [0]*n
+            if any(p.exitcode for p in processes): break
+            time.sleep(.02)
+        assert [p.exitcode for p in processes] == [0]*n, 'one of the processes has failed'
     finally:
         for p in processes:
             if hasattr(p, 'popen'): p.kill(), p.join()
@@ -283,6 +284,7 @@ def settle(request, fds, before):
         setattr(sys, f'__{name}__', new)
     sys.path[1:] = paths(request['env']) + [path for path in sys.path[1:] if path not in before]
     importlib.invalidate_caches()
+    for made in weakref.finalize._registry.values(): made.atexit = False   # the server's folders are not ours to delete
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
     threads = os.environ.get('OMP_NUM_THREADS', '')
     threads = int(threads) if threads.isdigit() else len(os.sched_getaffinity(0))

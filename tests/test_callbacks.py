@@ -32,7 +32,8 @@ def made(images, folder, left_out=()):
     learn = simclr_learner(images, encoder, augment=Augmentation(32, RandomResizedCrop(), RandomFlip()), num_workers=0)
     for kind in left_out: learn.remove_cb(kind)
     every = [CheckpointsCallback(folder/'checkpoints'), HistoryCallback(folder/'history.csv'), OnlineProbeCallback(),
-             OnlineEvalCallback(lambda encoder: 50., every=1), OnlineMeasuresCallback(1, 8, 2), FreezeEncoderCallback(1)]
+             OnlineEvalCallback(lambda encoder: 50., every=1), OnlineMeasuresCallback(1, 8, 2),
+             FreezeEncoderCallback(1)]
     return learn, [cb for cb in every if not isinstance(cb, tuple(left_out))]
 
 
@@ -88,4 +89,5 @@ def test_the_schedule_is_not_needed_by_checkpoints_and_doctor(images, tmp_path):
 
 def test_looking_at_views_needs_them(images, tmp_path):
     learn, _ = made(images, tmp_path, [ViewsCallback])
-    with pytest.raises(ValueError, match='SimCLRLearner needs a ViewsCallback'): learn.save_encoder(tmp_path/'e.safetensors')
+    with pytest.raises(ValueError, match='SimCLRLearner needs a ViewsCallback'):
+        learn.save_encoder(tmp_path/'e.safetensors')

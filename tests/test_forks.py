@@ -41,7 +41,9 @@ def both(command, **kwargs):
     return [start([sys.executable, *map(str, command)], **kwargs) for start in (subprocess.run, forks.run)]
 
 @pytest.fixture(autouse=True)
-def there(): assert forks.known in os.environ, 'there is no server'
+def there():
+    if not sys.platform.startswith('linux'): pytest.skip('processes are forked on Linux only')
+    assert forks.known in os.environ, 'there is no server'
 
 
 @pytest.mark.parametrize('way', ways)
@@ -151,6 +153,23 @@ def test_a_stand_in_for_python_in_a_shell(tmp_path):
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
 
+def test_a_fork_deletes_its_own_folders_and_none_of_the_server(tmp_path):
+    (tmp_path/'makes.py').write_text('import tempfile\nfolder = tempfile.TemporaryDirectory()\n')
+    code = f'''
+import os, sys
+sys.path[:0] = [{str(root/"tests")!r}, {str(tmp_path)!r}]
+import forks
+with forks.server():
+    for code in ('print(sys.modules["makes"].folder.name)',
+                 'import tempfile; own = tempfile.TemporaryDirectory(); print(own.name)'):
+        place = forks.run([sys.executable, '-c', 'import sys; ' + code], capture_output=True, text=True).stdout.strip()
+        print(os.path.isdir(place))
+'''
+    env = {k: v for k, v in os.environ.items() if k != forks.known}
+    env |= dict(SIMCLR_PRELOAD='makes', PYTHONPATH=str(tmp_path))
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ['True', 'False'], done.stderr
+
 def test_without_a_server_processes_are_fresh(monkeypatch):
     monkeypatch.delenv(forks.known)
     assert is_forked(loaded) == 'False'
@@ -180,5 +199,5 @@ def adds(rank, folder, how):
 def test_functions_in_processes(tmp_path):
     forks.together(adds, 3, (str(tmp_path), 'works'), 60)
     assert len({file.read_text() for file in tmp_path.iterdir()} - {str(os.getpid())}) == 3
-    for how, words in (('fails', 'one of the processes has failed'), ('hangs', '2 processes were not done after 2 s')):
-        with pytest.raises(AssertionError, match=words): forks.together(adds, 2, (str(tmp_path), how), 2)
+    for how, seconds, words in (('fails', 60, 'one of the processes has failed'), ('hangs', 2, 'not done after 2 s')):
+        with pytest.raises(AssertionError, match=words): forks.together(adds, 2, (str(tmp_path), how), seconds)

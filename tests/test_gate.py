@@ -25,7 +25,8 @@ def write(file, *cells):
 
 def nbdev(name): return sys.executable, Path(sys.executable).with_name(f'nbdev-{name}')
 def run(folder, *command, **env):
-    return forks.run(command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+    env = {**os.environ, 'PYTEST_DEBUG_TEMPROOT': str(folder.parent), **env}    # its tests have their own folders
+    return forks.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 def commit(folder):
     run(folder, 'git', 'add', '-A')

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np, torch.multiprocessing as mp
 from PIL import Image
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import eval_loader, folder_images, train_loader
+from simclr_nb.data.datasets import eval_loader, train_loader
+from simclr_nb.data.sets import folder_images
 
 def make(n):
     "Images in the folder that the command names."

@@ -75,7 +75,8 @@ NumWorkers = Annotated[Workers, arg(help='processes that decode; None: one per c
 Layer = Annotated[Literal['h', 'z'], arg(help='features: h, or z behind the projection head')]
 Crop = Annotated[AnyFloat, Ge(.05), Le(1),
                  arg(help="fraction of an image's shorter side to keep; None: 1, for timm its own")]
-VectorsFile = Annotated[AnyText, arg(help='what simclr embed wrote; None: vectors.safetensors in the folder of the run')]
+VectorsFile = Annotated[
+    AnyText, arg(help='what simclr embed wrote; None: vectors.safetensors in the folder of the run')]
 MicroBatch = Annotated[AnyCount, arg(help='images that go through the network at a time, for batches larger than '
                                           'the memory')]
 

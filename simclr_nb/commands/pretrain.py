@@ -70,14 +70,14 @@ class SpeedAndMemory:
     memory_format: Literal['channels_last', 'contiguous_format'] = changeable('channels_last') # of views and weights
     num_workers: NumWorkers = changeable(None)
     cache: Natural = changeable(0) # megabytes of memory for decoded images, for sets that fit; 0: none
-    processes: AnyCount = changeable(None) # for --dry-run: processes that share a batch; None: as many as torchrun started
+    processes: AnyCount = changeable(None) # for --dry-run: processes that share a batch; None: those of torchrun
 
 # %% ../../nbs/commands/02_pretrain.ipynb #edfc827c
 @dataclass(kw_only=True)
 class Output:
     out: AnyText = changeable(None) # folder of the run; None: runs/ and the name of the source
     save_every: Count = changeable(1000) # steps between checkpoints; one is written after each epoch too
-    knn_every: Natural = changeable(10) # epochs between evaluations by nearest neighbors, where there are labels; 0: none
+    knn_every: Natural = changeable(10) # epochs between evaluations by neighbors, where there are labels; 0: none
     measure_every: Natural = changeable(10) # epochs between RankMe, alpha-ReQ and LiDAR, which need no labels; 0: none
     no_doctor: Flag = changeable(False) # no look at the images, and no warnings where the run looks wrong
     log: Annotated[Literal['tensorboard', 'wandb'] | None, optional()] = changeable(None) # send the history there too

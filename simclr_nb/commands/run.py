@@ -210,7 +210,8 @@ def make_callbacks(s:Pretrain, out:Path, learn, images, config:dict, defining:di
         encoder_file=out/'encoder.safetensors', accept_changed_files=s.accept_changed_files)
     measures = [OnlineMeasuresCallback(s.measure_every)] if s.measure_every else []
     return [checkpoints, ReplacementCallback(out, checkpoints), HistoryCallback(out/'history.csv'),
-            FreezeEncoderCallback(s.freeze_epochs), *make_online_eval(s, images), *measures, *make_logger(s, out, learn, config)]
+            FreezeEncoderCallback(s.freeze_epochs), *make_online_eval(s, images), *measures,
+            *make_logger(s, out, learn, config)]
 
 # %% ../../nbs/commands/03_run.ipynb #28405be5
 class EpochLinesCallback(Callback):

@@ -133,8 +133,9 @@ class ImageSet:
         for name, value in dict(files=files, columns=columns, **arrays).items(): object.__setattr__(self, name, value)
     def __len__(self): return len(self.files)
     def __repr__(self):
-        labels = 'without labels' if self.labels is None else 'with labels'
-        return f'<{plural(len(self), "picture")} {labels if self.classes is None else f"of {len(self.classes)} classes"}>'
+        if self.classes is not None: known = f'of {plural(len(self.classes), "class", "classes")}'
+        else: known = 'without labels' if self.labels is None else 'with labels'
+        return f'<{plural(len(self), "picture")} {known}>'
     def __getitem__(self, i):
         "Image i as RGB, for people."
         return open_image(self.files[i]) if self.depth is None else self.depth.picture(self.files[i])

@@ -124,7 +124,6 @@ def _minimize(x, y, w, e, lam, C, tol, max_iter, memory=10):
 # %% ../../nbs/features/05_logistic.ipynb #23c39f99
 l2_grid = np.logspace(-6, 5, 45) # appendix B.8
 
-# %% ../../nbs/features/05_logistic.ipynb #ed29d68f
 class LogisticPath(NamedTuple):
     "Logistic regressions under S penalties."
     weights:Tensor # (S, d, C)
@@ -259,7 +258,8 @@ class LogisticClassifier(ClassifierMixin, BaseEstimator):
     """Logistic regression whose L2 penalty, and the scale of the features, are chosen on a part of the training images;
     a classifier of scikit-learn. Features may be tensors, on any device.
 
-    The penalty `l2` is λ of the mean loss; scikit-learn's C of n images is 1/(n·λ): C grows where λ falls.
+    The penalty `l2` is λ of the mean loss; scikit-learn's C of n images is 1/(n·λ), with two classes 2/(n·λ): C grows
+    where λ falls.
     Once fitted: `classes_` (C,); `coef_` (C, d) and `intercept_` (C,), tensors, one row for each class, also of two;
     `l2_`, the chosen penalty; `l2_tried_` (S,), those it was chosen from, ascending; `validation_` (S,), what the
     metric reached with each; `at_edge_`, whether a better penalty may lie beyond them; `each_alone_`, whether each

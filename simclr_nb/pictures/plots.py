@@ -54,7 +54,7 @@ def _legend_beside(ax, **kwargs):
 
 # %% ../../nbs/pictures/01_plots.ipynb #aee3da8d
 def plot_scores(
-    scores:dict, # {protocol: {encoder: percent}}, as from `compare_encoders`; or (percent, low, high) in place of percent
+    scores:dict, # {protocol: {encoder: percent}}, as from `compare_encoders`; or (percent, low, high) for percent
 ): # the figure
     "Bars of balanced accuracy, one group for each protocol."
     names = list(dict.fromkeys(n for s in scores.values() for n in s))
