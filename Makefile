@@ -31,6 +31,9 @@ findings: $(VENV)/.with-dev  ## Run every findings/*.sh, one after the other, an
 release: $(VENV)/.with-dev  ## Check, test, build and tag the version in simclr_nb/__init__.py; nothing is sent
 	@$(RUN)/python tools/release.py --tested $(VENV)/.tested
 
+quick: $(VENV)/.with-dev  ## Check the tree and what concerns your changes, without processes (two minutes at most)
+	@$(RUN)/python tests/gate.py --quick $(FLAGS)
+
 docs: $(VENV)/.with-dev  ## Build the docs site in _docs and check its links
 	@$(RUN)/python tools/docs.py
 
@@ -71,4 +74,4 @@ $(VENV)/.with-lowest: settings.ini tools/lowest.py
 	$(RUN)/python tools/lowest.py > $(VENV)/lowest.txt
 	@touch $@
 
-.PHONY: help demo test lint lowest findings release docs notebooks readme bench clean
+.PHONY: help demo test quick lint lowest findings release docs notebooks readme bench clean

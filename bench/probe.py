@@ -159,7 +159,7 @@ def predictor(name, bank, labels, args):
         bank = F.normalize(bank, dim=1).T.contiguous()
         return lambda q: torch.cat([knn_predict(b, bank, labels, 10, args.k, .1)[:, 0] for b in q.split(1024)])
     from simclr_nb.features.neighbors import NeighborClassifier
-    return lambda q: NeighborClassifier(args.k, .1).fit(bank, labels).predict(q)
+    return NeighborClassifier(args.k, .1).fit(bank, labels).predict
 
 
 def neighbors(name, args):

@@ -261,10 +261,8 @@ def in_own_process(args, name, seed):
 
 def interval(differences):
     "Mean of paired differences with its 95% interval (Student's t)."
-    from scipy.stats import t
-    n, mean = len(differences), statistics.mean(differences)
-    if n < 2: return mean, None
-    return mean, t.ppf(.975, n - 1)*statistics.stdev(differences)/n**.5
+    from simclr_nb.studies.results import half_interval
+    return statistics.mean(differences), half_interval(differences) if len(differences) > 1 else None
 
 
 def spread(values, digits=1):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RandomQuarterTurn', 'RandomCutout', 'RandomNoise', 'RandomSobel', 'RandomSolarize', 'RandomEqualize',
-           'RandomMotionBlur', 'AutoAugment', 'broader_operations', 'broader_augmentations']
+           'RandomMotionBlur', 'AutoAugment', 'broader_augmentations']
 
 # %% ../nbs/01a_operations.ipynb #bdc0596d
 import math
@@ -189,6 +189,7 @@ def broader_operations(
     "What the paper's broader family (appendix B.2) adds: equalizing, solarizing, Sobel, motion blur."
     return RandomEqualize(p), RandomSolarize(p), RandomSobel(p), RandomMotionBlur(size//10, p)
 
+# %% ../nbs/01a_operations.ipynb #eb0578fa
 def broader_augmentations(
     size:int, # side of the views, pixels
     strength:float=1., # s of the color distortion

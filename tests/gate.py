@@ -2,13 +2,19 @@
 
 It closes with one line, `N passed, N failed`, that counts its own checks, the notebooks and the tests.
 Arguments name cells to run that are skipped otherwise: `gate.py slow`, `gate.py slow cuda`.
+`gate.py --quick` is for the time of writing: the checks, and what concerns the files that have changed,
+as far as two minutes go. `gate.py --seconds` also writes tests/seconds.json, by which the longest files
+come first. The variable WORKERS says how many run at a time.
 """
-import hashlib, json, os, re, subprocess, sys, tempfile, time
-from concurrent.futures import ThreadPoolExecutor
+import ast, hashlib, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import forks
+
 root = Path(__file__).resolve().parents[1]
+workers = int(os.environ.get('WORKERS') or min(8, os.cpu_count() or 1))
+start = forks.run if forks.known in os.environ else subprocess.run  # no server yet: no waiting for it
 results = []  # one True or False for every check, notebook and test
 
 def tool(name): return str(Path(sys.executable).with_name(name))
@@ -18,7 +24,7 @@ def report(name, problems):
     print('FAIL' if problems else 'ok  ', name, flush=True)
     for line in '\n'.join(problems).splitlines(): print('     |', line, flush=True)
 
-def run(*command, **kw): return subprocess.run(command, cwd=root, capture_output=True, text=True, **kw)
+def run(*command, **kw): return start(command, cwd=root, capture_output=True, text=True, **kw)
 
 def tracked(*folders):
     "The files of the tree, new ones too, without what .gitignore names."
@@ -37,7 +43,7 @@ def snapshot(): return {file.relative_to(root): hashlib.sha256(file.read_bytes()
 
 def leaves_tree(command):
     "The problems of a command that should have nothing to do."
-    before, done, after = snapshot(), run(tool(command)), snapshot()
+    before, done, after = snapshot(), run(sys.executable, tool(command)), snapshot()
     changed = sorted(str(file) for file, _ in before.items() ^ after.items())
     wrong = [done.stdout + done.stderr] if done.returncode or 'Failed' in done.stderr else []
     return wrong + [f'{command} changed {file}: look at the change and commit it' for file in dict.fromkeys(changed)]
@@ -65,51 +71,118 @@ def outputs():
 
 # The notebooks and the tests
 
-def test_notebook(file):
-    "Run a notebook with nbdev-test; what went wrong, and the seconds it took."
-    from nbdev.config import get_config
-    from nbdev.test import nb_test_cells
-    start, threads = time.time(), max(1, (os.cpu_count() or 1) // workers)
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
-    done = run(tool('nbdev-test'), str(file), '--flags', ' '.join(flags), env=env)
-    problems = [] if done.returncode == 0 and 'Success.' in done.stdout else [done.stdout + done.stderr]
-    has_code = '"code"' in file.read_text(encoding='utf-8')
-    if not problems and has_code and not nb_test_cells(file, get_config(root).tst_flags, flags):
-        problems = ['none of its code cells is run']
-    return problems, time.time() - start
-
-def test_notebooks():
-    if not notebooks(): report('notebooks', ['there are none'])
-    with ThreadPoolExecutor(workers) as pool:
-        for file, (problems, seconds) in zip(notebooks(), pool.map(test_notebook, notebooks())):
-            report(f'{file.relative_to(root)} ({seconds:.0f} s)', problems)
-
-def pytest():
-    "Run the tests and count them, each by its name and outcome."
+def pool(files, *options):
+    "Run notebooks and tests in one pool, and count them, each by its name and outcome."
+    env = {**os.environ, 'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1)//max(1, workers)))}
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder)/'tests.xml'
-        command = [sys.executable, '-m', 'pytest', 'tests', '-q', '-rs', f'--junitxml={xml}']
-        code = subprocess.run(command, cwd=root).returncode
+        command = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--durations=20', f'--junitxml={xml}',
+                   '--continue-on-collection-errors', *options, *map(str, files)]
+        if workers > 1: command += ['-n', str(workers), '--dist', 'loadfile', '--no-loadscope-reorder']
+        code = start(command, cwd=root, env=env).returncode
         cases = list(ElementTree.parse(xml).iter('testcase')) if xml.exists() else []
-    outcomes = [{child.tag for child in case} & {'failure', 'error', 'skipped'} for case in cases]
-    ran = [not outcome for outcome in outcomes if outcome != {'skipped'}]
+    outcomes = [(case.get('classname', '').startswith('nbs.'),
+                 {child.tag for child in case} & {'failure', 'error', 'skipped'}) for case in cases]
+    ran = [not outcome for _, outcome in outcomes if outcome != {'skipped'}]
     results.extend(ran)
-    if not any(ran): report('pytest', [f'no test passed (exit code {code})'])
-    elif code and all(ran): report('pytest', [f'exit code {code}'])
+    if code and all(ran): report('pytest', [f'exit code {code}'])
+    passed = sum(not (notebook or outcome) for notebook, outcome in outcomes)
+    return sum(notebook for notebook, _ in outcomes), passed
 
-if __name__ == '__main__':
-    flags, workers = sys.argv[1:], min(8, os.cpu_count() or 1)
-    for name, check in {
-        'the tree is clean': clean_tree,
-        'nbdev-clean leaves the tree unchanged': lambda: leaves_tree('nbdev-clean'),
-        'nbdev-export leaves the tree unchanged': lambda: leaves_tree('nbdev-export'),
-        'README.md is in step with nbs/index.ipynb': readme,
-        'every module comes from a notebook': modules,
-        'every notebook holds its outputs and no error': outputs,
-    }.items():
+def everything(flags, options):
+    wanted = notebooks()
+    if not wanted: report('notebooks', ['there are none'])
+    files = ['tests', *(file.relative_to(root) for file in wanted)]
+    ran, passed = pool(files, f'--flags={" ".join(flags)}', *options)
+    if ran < len(wanted): report('notebooks', [f'{len(wanted) - ran} of {len(wanted)} were not run'])
+    if not passed: report('tests', ['no test passed'])
+
+# What has changed
+
+def changed():
+    "The files that differ from the branch that this one follows, or else from the last commit."
+    followed = run('git', 'merge-base', 'HEAD', '@{upstream}')
+    base = followed.stdout.strip() if followed.returncode == 0 else 'HEAD'
+    names = run('git', 'diff', '--name-only', '-z', base, check=True).stdout
+    names += run('git', 'ls-files', '-oz', '--exclude-standard', check=True).stdout
+    return sorted({root/name for name in names.split('\0') if name})
+
+def imports(source):
+    "The modules that a source names, as in `simclr_nb.data.sets` or `faults`."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ''
+            yield from (f'{node.module}.{a.name}' for a in node.names)
+
+def code_of(file):
+    "The Python in a notebook, a cell at a time, or of a file."
+    if file.suffix == '.py': return [file.read_text(encoding='utf-8')]
+    cells = json.loads(file.read_bytes())['cells']
+    return [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+
+def imports_of(file):
+    found = set()
+    for source in code_of(file):
+        try: found.update(imports(source))
+        except SyntaxError: pass                                       # a cell with magic
+    return found
+
+def concerned(files):
+    "The notebooks and tests of some files: themselves first, then the tests that name them, then notebooks."
+    homes = {}                                                         # modules by notebook
+    for module in (root/'simclr_nb').rglob('*.py'):
+        header = re.search(r'File to edit: (.+?)\.?$', module.read_text(encoding='utf-8'), re.M)
+        if header: homes[(module.parent/header[1]).resolve()] = module
+    files = {*files, *(homes[f] for f in files if f in homes), *(f for f in homes if homes[f] in files)}
+    tests = sorted((root/'tests').glob('test_*.py'))
+    names = {'.'.join(f.relative_to(root).with_suffix('').parts) for f in files if f.suffix == '.py'}
+    names |= {name.removeprefix('tests.') for name in names}
+    words = [f.stem for f in files if f.relative_to(root).parts[0] in ('tools', 'bench')]
+    def about(test):
+        text = test.read_text(encoding='utf-8')
+        return imports_of(test) & names or any(re.search(rf'\b{word}\b', text) for word in words)
+    first = [f for f in (*notebooks(), *tests) if f in files]
+    second = [f for f in tests if about(f)] + [f for f in notebooks() if imports_of(f) & names]
+    return list(dict.fromkeys(first + second))
+
+def quick(flags, options, most=90):
+    "What concerns the changed files and starts no process, as far as `most` seconds go."
+    files, left = changed(), most*max(1, workers)
+    table = root/'tests/seconds.json'
+    seconds, chosen, late = json.loads(table.read_text()) if table.exists() else {}, [], []
+    for file in concerned(files):
+        name = file.relative_to(root).as_posix()
+        left -= (cost := seconds.get(name, 10))
+        if left > 0: chosen.append(name)
+        else:
+            left += cost
+            late.append(name)
+    if late: print('left to `make test`:', *late)
+    if not chosen: return print('nothing that has a notebook or a test has changed')
+    pool(chosen, '-m', 'not process and not long', f'--flags={" ".join(flags)}', *options)
+
+def static(checks):
+    for name, check in checks.items():
         try: report(name, list(check()))
         except Exception as error: report(name, [f'{type(error).__name__}: {error}'])
-    test_notebooks()
-    pytest()
+
+checks = {
+    'the tree is clean': clean_tree,
+    'nbdev-clean leaves the tree unchanged': lambda: leaves_tree('nbdev-clean'),
+    'nbdev-export leaves the tree unchanged': lambda: leaves_tree('nbdev-export'),
+    'README.md is in step with nbs/index.ipynb': readme,
+    'every module comes from a notebook': modules,
+    'every notebook holds its outputs and no error': outputs,
+}
+
+if __name__ == '__main__':
+    options = [a for a in sys.argv[1:] if a.startswith('-')]
+    flags = [a for a in sys.argv[1:] if not a.startswith('-')]
+    is_quick = '--quick' in options
+    if is_quick: options.remove('--quick'), checks.pop('the tree is clean')
+    with forks.server():                                            # it imports while the tree is checked
+        static(checks)
+        (quick if is_quick else everything)(flags, options)
     print(f'\n{sum(results)} passed, {len(results) - sum(results)} failed')
     sys.exit(not all(results))

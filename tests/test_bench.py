@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import forks
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 root = Path(__file__).resolve().parents[1]
 gpu = root/'bench'/'gpu'
 PATIENCE = 600   # seconds; a hang is a failure
@@ -22,7 +25,7 @@ parts, rate = module('parts'), module('rate')
 
 def script(name, *args, cwd):
     "Start a script of bench/gpu, from another folder."
-    env = os.environ | dict(PYTHON=sys.executable, OMP_NUM_THREADS='1')
+    env = os.environ | {'PYTHON': str(forks.stand_in(cwd)), 'OMP_NUM_THREADS': '1', forks.nested: '1'}
     return subprocess.Popen(['bash', gpu/name, *map(str, args)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 

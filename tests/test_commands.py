@@ -5,6 +5,8 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np, pytest
 from PIL import Image
 
+import forks
+
 from simclr_nb.commands import main as cli
 from simclr_nb.commands import report
 from simclr_nb.commands import run as runs
@@ -136,6 +138,7 @@ def test_damaged_facts_are_named(images, run, name, text):
     if name == 'report.json': refused(simclr('evaluate', run, images, '--num-workers', 0), f'{run/name} is damaged')
 
 
+@pytest.mark.process
 def test_half_written_files_are_swept(images, run):
     gone = subprocess.Popen([sys.executable, '-c', ''])
     gone.wait()
@@ -280,10 +283,11 @@ def test_augment_is_honored(images, tmp_path):
 # The shell
 
 def command(*args, **kwargs):
-    return subprocess.Popen([sys.executable, '-m', 'simclr_nb', *map(str, args)], stdout=subprocess.PIPE,
+    return forks.Popen([sys.executable, '-m', 'simclr_nb', *map(str, args)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **kwargs)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1'])
 def test_help_on_a_terminal_without_greek(encoding):
     for name in ('pretrain', 'transfer'):
@@ -292,6 +296,7 @@ def test_help_on_a_terminal_without_greek(encoding):
     assert encoding != 'ascii' or b'\\u' not in out
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves_does_not_end_a_training(images, tmp_path):
     run = command('pretrain', images, '--out', tmp_path/'run', *settings, '--epochs', 3)
     assert run.stdout.readline().startswith(b'epoch 1/3')
@@ -300,13 +305,15 @@ def test_a_reader_that_leaves_does_not_end_a_training(images, tmp_path):
     assert read_json(tmp_path/'run/report.json')['steps'] == 9
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_and_leaves(images, tmp_path, number):
     "As `timeout`, SLURM and Ctrl-C send it: to the processes that decode, too."
     out = tmp_path/'run'
     options = [*settings, '--epochs', 2000, '--save-every', 100_000, '--num-workers', 2]
-    def as_at_a_terminal(): signal.signal(number, signal.SIG_DFL)         # a shell ignores SIGINT in background jobs
-    run = command('pretrain', images, '--out', out, *options, start_new_session=True, preexec_fn=as_at_a_terminal)
+    before = signal.signal(number, signal.SIG_DFL)      # as at a terminal; a shell ignores SIGINT in the background
+    try: run = command('pretrain', images, '--out', out, *options, start_new_session=True)
+    finally: signal.signal(number, before)
     history = out/'history.csv'
     try:
         while run.poll() is None and not (history.exists() and history.read_text().count('\n') > 3): time.sleep(.05)

@@ -46,6 +46,7 @@ def worker(rank, world, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_bytes_are_those_that_real_processes_send(tmp_path, world=3):
     "Each collective's numbers, sent round a ring."
     estimate = bytes_per_step(network(), IMAGES, world, DIM)

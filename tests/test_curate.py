@@ -224,7 +224,8 @@ def test_the_index_finds_nearly_all_neighbors(monkeypatch):
 def test_up_to_the_limit_and_for_few_queries_search_is_exact(monkeypatch):
     monkeypatch.setattr(neighbors.NeighborIndex, '_approximate', lambda *_: pytest.fail('an index was used'))
     bank = in_clusters(1500)
-    assert all(torch.equal(a, b) for a, b in zip(neighbors.NeighborIndex(bank, 1500).search(bank, 7), nearest(bank, bank, 7)))
+    found = neighbors.NeighborIndex(bank, 1500).search(bank, 7)
+    assert all(torch.equal(a, b) for a, b in zip(found, nearest(bank, bank, 7)))
     neighbors.NeighborIndex(bank, 100).search(bank[:200], 7)
 
 def test_without_the_package_search_is_exact_and_says_so(monkeypatch):

@@ -11,6 +11,7 @@ from simclr_nb.core import pixels
 from simclr_nb.data.datasets import EvalDataset, TwoCropDataset, train_loader
 from simclr_nb.data.files import BadImage, open_image
 from simclr_nb.data.sets import ImageSet, folder_images, folder_splits, image_files, stratified_split
+from simclr_nb.data.sources import source_splits, train_test_splits
 from simclr_nb.operations import AutoAugment
 
 root = Path(__file__).resolve().parents[1]
@@ -213,6 +214,7 @@ dataset.views(0, 1)
 print(1024*(kilobytes('VmHWM') - before))
 '''
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('mode, most', [('RGB', 8), ('RGBA', 10.5), ('I;16', 10)])
 def test_a_large_picture_is_not_copied_many_times(tmp_path, mode, most):
@@ -334,6 +336,35 @@ def test_an_empty_test_goes_after_a_labeled_val(tmp_path):
     (folder/'test').mkdir()
     assert folder_splits(folder)[1].labels.tolist() == [0]
 
+@pytest.mark.parametrize('train, test', [('train', 'validation'), ('train', 'val'), ('Train', 'Test'),
+    ('TRAINING', 'testing'), ('train', 'valid'),
+    ('training_set', 'test_set'), ('train2017', 'val2017'), ('Train', 'dev'), ('train', 'eval')])
+def test_parts_go_by_many_names(tmp_path, train, test):
+    "Or the folder would be one set whose classes are its parts: is this picture from `train`?"
+    folder = pets(tmp_path, f'{train}/cat/1.png', f'{train}/dog/2.png', f'{test}/cat/3.png', f'{test}/dog/4.png')
+    for parts in (folder_splits(folder), source_splits(folder), train_test_splits(folder)):
+        assert [[f.name for f in part.files] for part in parts] == [['1.png', '2.png'], ['3.png', '4.png']]
+        assert all(part.classes == ['cat', 'dog'] and part.labels.tolist() == [0, 1] for part in parts)
+
+def test_classes_are_no_parts(tmp_path):
+    "A train among vehicles has no test beside it."
+    for names in (('train', 'bus', 'car'), ('train_station', 'test_tube'), ('val', 'test')):
+        folder = pets(tmp_path/names[0], *(f'{name}/1.png' for name in names))
+        everything, test = source_splits(folder)
+        assert test is None and everything.classes == sorted(names)
+
+def test_two_folders_to_train_on_are_an_error(tmp_path):
+    folder = pets(tmp_path, 'train/1.png', 'training/2.png', 'test/3.png')
+    with pytest.raises(ValueError, match='more than one training part: train, training'): folder_splits(folder)
+
+def test_pictures_of_the_web_are_pictures(tmp_path):
+    "Python's own list of endings knows no WebP."
+    for name in ('a.webp', 'b.WEBP', 'c.jfif', 'd.jp2', 'e.JPG'):
+        kind = dict(webp='WEBP', jp2='JPEG2000').get(name[2:].lower(), 'JPEG')
+        Image.new('RGB', (20, 20)).save(tmp_path/name, kind)
+    assert [f.name for f in folder_images(tmp_path).files] == ['a.webp', 'b.WEBP', 'c.jfif', 'd.jp2', 'e.JPG']
+    assert all(image.size == (20, 20) for image in folder_images(tmp_path))
+
 def test_parts_of_several_labels_per_image():
     labels = np.random.default_rng(0).integers(0, 2, (40, 5))
     images = ImageSet([f'{i}.png' for i in range(40)], labels)
@@ -421,6 +452,7 @@ def test_autoaugment_leaves_the_generators_of_gpus_alone():
     assert torch.equal(transform.apply(x, params), first)
 
 
+@pytest.mark.process
 def test_pictures_of_phones(tmp_path):
     "HEIC, from a folder and from a tar file, upright; where its package is missing the error says so."
     heif = pytest.importorskip('pillow_heif')

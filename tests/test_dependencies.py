@@ -6,6 +6,7 @@ packages inside strings count where they are looked up: `find_spec('x')`, `impor
 import ast, json, re, sys
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,13 @@ distributions = dict(PIL='pillow', cv2='opencv-python-headless', sklearn='scikit
 # Required, and imported by no module of ours: who needs it.
 needed_by_others = {
     'accelerate': 'fastai imports it in `Learner.distrib_ctx`, which trains on several processes',
-    'tensorboard': 'torch imports it for the callback of `--log tensorboard`',
-    'filelock': 'the lock on the folder of a run'}
+    'tensorboard': 'torch imports it for the callback of `--log tensorboard`'}
 # Looked for by tools and benchmarks, and declared nowhere: what it is.
 by_hand = {
     'twine': 'checks a release where it is installed, see tools/release.py',
     'stable-pretraining': 'a contestant of bench/train.py, skipped where it is missing',
-    'triton': 'comes with PyTorch where there is a GPU'}
+    'triton': 'comes with PyTorch where there is a GPU',
+    'no-such-package': 'looked for in vain, to see what is said then'}
 
 
 # What is required, what is imported
@@ -60,24 +61,41 @@ def read(text):
 
 looks_up = 'find_spec', 'import_module', '__import__', 'importorskip', 'need'
 
-def names_of(node):
+def texts(node, loops):
+    "The strings that an argument can be: one, or those that a loop goes through."
+    if isinstance(node, ast.Name): return loops.get(node.id, [])
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+def inner_loops(node, loops):
+    "Names of loops with the strings they go through, in this node and around it."
+    pairs = [(node.target, node.iter)] if isinstance(node, ast.For) else []
+    pairs += [(g.target, g.iter) for g in getattr(node, 'generators', [])]
+    return loops | {target.id: [t for e in found.elts for t in texts(e, {})] for target, found in pairs
+                    if isinstance(target, ast.Name) and isinstance(found, (ast.Tuple, ast.List))}
+
+def called(node): return getattr(node.func, 'id', None) or getattr(node.func, 'attr', None)
+
+def names_of(node, loops):
     "The names that one node of a syntax tree imports."
     if isinstance(node, ast.Import): return [a.name for a in node.names]
     if isinstance(node, ast.ImportFrom): return [] if node.level else [node.module]
-    if not isinstance(node, ast.Call) or not node.args: return []
-    function, first = node.func, node.args[0]
-    called = getattr(function, 'id', None) or getattr(function, 'attr', None)
-    text = isinstance(first, ast.Constant) and isinstance(first.value, str)
-    return [first.value] if called in looks_up and text and first.value.isidentifier() else []
+    if not isinstance(node, ast.Call) or called(node) not in looks_up or not node.args: return []
+    return [t for t in texts(node.args[0], loops) if t.replace('.', '').isidentifier()]
+
+def nodes(source):
+    "Every node of a source, with the loops around it and whether it is reached only when something is called."
+    def walk(node, loops, late):
+        loops = inner_loops(node, loops)
+        late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try))
+        yield node, loops, late
+        for child in ast.iter_child_nodes(node): yield from walk(child, loops, late)
+    return walk(ast.parse(source), {}, False)
 
 def imports(source, file, local=()):
     "Every import of a source, without the standard library's, those named `local` and the package's own."
-    found, own = set(), {*sys.stdlib_module_names, *local, 'simclr_nb'}
-    def walk(node, late):
-        late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try))
-        for name in names_of(node): found.add(Import(name.split('.')[0], file, late or isinstance(node, ast.Call)))
-        for child in ast.iter_child_nodes(node): walk(child, late)
-    walk(ast.parse(source), False)
+    own = {*sys.stdlib_module_names, *local, 'simclr_nb'}
+    found = {Import(name.split('.')[0], file, late or isinstance(node, ast.Call))
+             for node, loops, late in nodes(source) for name in names_of(node, loops)}
     return {i for i in found if i.package not in own}
 
 def code(notebook):
@@ -113,11 +131,20 @@ def extra_not_named(found, sources, required, extras):
     for package in sorted({package_of(i.package) for i in found} - required):
         holds = [e for e, names in extras.items() if package in names and e not in for_the_house]
         files = sorted({i.file for i in found if package_of(i.package) == package})
-        texts = [n.value for file in files for n in ast.walk(ast.parse(sources[file]))
+        said = [n.value for file in files for n in ast.walk(ast.parse(sources[file]))
                  if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         named = [rf'simclr_nb\[{e}\]|^{e}$' for e in holds] + [rf'pip install {package}\b']
-        if holds and not any(re.search(p, t) for p in named for t in texts):
+        if holds and not any(re.search(p, t) for p in named for t in said):
             yield f'{", ".join(files)}: {package} is imported, and the extra {" or ".join(holds)} is not named'
+
+def wrong_extra(sources, extras):
+    "Calls of `need(module, extra)` that name an extra that does not install the module."
+    for file, source in sources.items():
+        for node, loops, _ in nodes(source):
+            if not isinstance(node, ast.Call) or called(node) != 'need' or len(node.args) < 2: continue
+            for name, extra in product(names_of(node, loops), texts(node.args[1], loops)):
+                if package_of(name.split('.')[0]) not in extras.get(extra, ()):
+                    yield f'{file} needs {name}, which the extra {extra} does not install'
 
 def not_imported(found, required, extras, excused):
     "Requirements that nothing imports, and excuses that nobody needs any more."
@@ -151,6 +178,10 @@ def ours():
 def test_what_is_imported_is_required(ours): none(not_required(imports_of(ours), *read(text)))
 
 def test_optional_imports_name_their_extra(ours): none(extra_not_named(imports_of(ours), ours, *read(text)))
+
+def test_the_extra_is_the_right_one(ours):
+    none(wrong_extra(ours, read(text)[1]))
+    assert sum(called(node) == 'need' for s in ours.values() for node, *_ in nodes(s) if isinstance(node, ast.Call)) > 5
 
 def test_what_is_required_is_imported(ours): none(not_imported(imports_of(ours), *read(text), needed_by_others))
 
@@ -211,6 +242,9 @@ def test_settings_are_read():
     ('class A:\n    def f(self):\n        if 1: from PIL import Image', [('PIL', True)]),
     ('try: import faiss\nexcept ImportError: faiss = None', [('faiss', True)]),
     ("if find_spec('umap') and need('pydicom', 'DICOM'): pass", [('pydicom', True), ('umap', True)]),
+    ("need('pyarrow.parquet', 'parquet')", [('pyarrow', True)]),
+    ("for m in ('onnx', 'onnxscript'): need(m, 'export')", [('onnx', True), ('onnxscript', True)]),
+    ("x = [core.need(m) for m in ['a', 'b']]", [('a', True), ('b', True)]),
     ("x = find_spec(name), print('torch')", [])])
 def test_imports_are_found(source, want):
     assert [(i.package, i.late) for i in found(source)] == want
@@ -229,6 +263,12 @@ def test_a_missing_requirement_is_seen(source, problems):
 def test_a_wrong_extra_is_seen(message, n):
     source = f'def f():\n    try: import pydicom\n    except ImportError as e: raise ValueError({message!r}) from e'
     assert len(list(extra_not_named(found(source), {'a.py': source}, *read(planted)))) == n
+
+@pytest.mark.parametrize('call, n', [
+    ("need('pydicom', 'depth')", 0), ("need('PIL.Image', 'pictures')", 0), ("need('pydicom', 'pictures')", 1),
+    ("need('pydicom', 'deep')", 1), ("[need(m, 'depth') for m in ('pydicom', 'PIL')]", 1)])
+def test_an_extra_that_does_not_install_it_is_seen(call, n):
+    assert len(list(wrong_extra({'a.py': call}, read(planted)[1]))) == n
 
 def test_an_idle_requirement_is_seen():
     using = found('import torch, sklearn\ndef f(): import PIL, pydicom')

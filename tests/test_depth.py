@@ -1,5 +1,6 @@
 "Pictures that are no 8-bit RGB: read without loss, trained on, embedded, judged, in one channel or four."
 import json, warnings
+from dataclasses import fields, replace
 
 import cv2, numpy as np, pytest, torch
 from PIL import Image, ImageOps
@@ -9,11 +10,13 @@ from simclr_nb.augmentations import Augmentation, RandomResizedCrop, simclr_augm
 from simclr_nb.data.datasets import EvalDataset, TwoCropDataset
 from simclr_nb.data.channels import augmentation_for_channels, read_array, with_channels
 from simclr_nb.encoder import load_encoder
+from simclr_nb.features.copies import find_copies, thumbnails
 from simclr_nb.features.extract import extract_features
 from simclr_nb.data.files import BadImage
 from simclr_nb.operations import broader_augmentations
 from simclr_nb.training.views import apply_cpu
 from simclr_nb.data.sets import ImageSet, folder_images
+from simclr_nb.evaluation import transfer_sets
 from simclr_nb.using.vectors import read_vectors
 
 tifffile = pytest.importorskip('tifffile')
@@ -86,6 +89,38 @@ def test_eight_bit_rgb_read_as_it_is_agrees_with_the_usual_way(tmp_path):
         usual, same = TwoCropDataset(images, augment)[0, i][0], TwoCropDataset(deep, augment)[0, i][0]
         assert (usual/255 - same).abs().max() < .02
         assert (EvalDataset(images, 32)[i][0]/255 - EvalDataset(deep, 32)[i][0]).abs().max() < .02
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Nine pictures of 5 channels, which nothing reads as RGB, and one more: the first, slightly brighter."
+    for i in range(9): np.save(tmp_path/f'{i}.npy', smooth(i, 5, 3000))
+    np.save(tmp_path/'9.npy', smooth(0, 5, 3000)*1.001)
+    return with_channels(folder_images(tmp_path), 5, 0, 4000)
+
+def test_copies_are_found_among_pictures_with_channels(pictures):
+    "A set that loses its channels on the way shows no picture of them at all, and no copy."
+    shown = thumbnails(pictures)
+    assert not shown.isnan().any() and thumbnails(replace(pictures, depth=None)).isnan().all()
+    found = find_copies(pictures, shown - shown.mean(0), k=5)
+    assert [(c.first, c.second, c.reason) for c in found] == [(0, 9, 'same picture')]
+
+def test_copies_of_a_set_keep_everything_that_is_known_of_it(pictures):
+    "Every field is said to be kept or changed here: a new one has to be thought of."
+    full = replace(pictures, labels=np.array([0, 2]*5), classes=['a', 'b', 'c'], groups=np.arange(10)//2,
+                   columns=dict(place=np.array([*'vvwwxxyyzz'])))
+    fewer, both, dense = full.subset(range(3, 8)), full.joined(full), transfer_sets._renumbered(full)
+    assert {f.name for f in fields(full)} == {'files', 'labels', 'classes', 'columns', 'groups', 'depth'}
+    for images in (fewer, both, dense):
+        assert images.depth == full.depth and set(images.columns) == {'place'} and images.groups is not None
+        assert not images[0].getextrema() == ((0, 0),)*3
+        for i, file in enumerate(images.files):
+            k = int(file.stem)
+            assert images.columns['place'][i] == full.columns['place'][k]
+            assert images.classes[images.labels[i]] == 'ac'[k % 2]
+    assert fewer.groups.tolist() == [1, 2, 2, 3, 3] and dense.classes == ['a', 'c']
+    assert both.groups.tolist() == [i//2 for i in range(20)]                       # no pair across the sets
+    with pytest.raises(ValueError, match='read differently'): full.joined(replace(full, depth=None))
 
 
 def test_gray_views_are_those_of_gray_rgb():

@@ -3,18 +3,20 @@ import copy, datetime, os, time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import pytest, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import forks
 from conftest import free_port
 from simclr_nb.training.online import OnlineEvalCallback
 from simclr_nb.distributed import _batch_norm, any_rank, gather_rows, global_batch_norm, process_group
 from simclr_nb.lars import LARS, param_groups
 from simclr_nb.training.memory import checkpoint_activations
-from simclr_nb.ntxent import contrastive_metrics, nt_xent
+from simclr_nb.ntxent import NTXentLoss, contrastive_metrics, nt_xent
 from simclr_nb.projection import SimCLR, projection_head
 
+pytestmark = pytest.mark.process
 SECONDS = 60   # the longest that any collective may wait; a whole group of processes gets twice that
 IMAGES = 12    # divisible by 2 and 4
 
@@ -52,6 +54,13 @@ def refusal(*shape, **kwargs):
     "The error that gather_rows raises, and after how many seconds."
     start = time.monotonic()
     try: gather_rows(torch.zeros(shape, **kwargs))
+    except ValueError as e: return str(e), time.monotonic() - start
+
+
+def refused_views(n, m):
+    "The error of the loss for n first and m second views, and after how many seconds."
+    start = time.monotonic()
+    try: nt_xent(torch.zeros(n, 4), torch.zeros(m, 4), gather=gather_rows)
     except ValueError as e: return str(e), time.monotonic() - start
 
 
@@ -193,6 +202,9 @@ def worker(rank, world, folder):
     out |= take_step(DistributedDataParallel(encoder()), mine, gather_rows)
     out['chunked'] = take_step(DistributedDataParallel(encoder()), mine, gather_rows, chunk=5)
     with older_gloo(): out['older'] = take_step(DistributedDataParallel(encoder()), mine, gather_rows)
+    with torch.no_grad():
+        z = encoder()(mine)
+        out['two views'] = NTXentLoss(gather=gather_rows)(*z.chunk(2)), nt_xent(z, gather=gather_rows)
     with torch.no_grad(): out['evaluated'] = nt_xent(encoder()(mine), gather=gather_rows)
     out['low'] = nt_xent(encoder()(mine).bfloat16(), gather=gather_rows).detach()
     out['forward'], out['backward'] = [], []
@@ -221,6 +233,7 @@ def worker(rank, world, folder):
         dtype=refusal(8, 4, dtype=torch.float64 if last else torch.float32),
         half=refusal(8, 4, dtype=torch.bfloat16 if last else torch.float16), integer=refusal(8, 4, dtype=torch.int64),
         narrow=refusal(8, 0))
+    out['refused views'] = refused_views(4, 3 if last else 4)
     out['after'] = gather_rows(torch.full((2, 1), float(rank)))[0]
     torch.save(out, f'{folder}/rank{rank}.pt')
     dist.barrier()  # nobody leaves while another still sends
@@ -228,17 +241,8 @@ def worker(rank, world, folder):
 
 
 def launch(f, world, folder):
-    "Run f(rank, world, folder) in `world` processes, forked from one that has done the imports; at most 2*SECONDS."
-    imports = ['simclr_nb.distributed', 'simclr_nb.lars', 'simclr_nb.training.memory', 'simclr_nb.projection']
-    mp.get_context('forkserver').set_forkserver_preload(imports)
-    context = mp.start_processes(f, (world, str(folder)), nprocs=world, join=False, start_method='forkserver')
-    end = time.monotonic() + 2*SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f'{world} processes were not done after {2*SECONDS} s'
-    finally:
-        for p in context.processes:
-            if p.is_alive(): p.kill()
+    "Run f(rank, world, folder) in `world` processes; at most 2*SECONDS."
+    forks.together(f, world, (world, str(folder)), 2*SECONDS)
     return [torch.load(f'{folder}/rank{r}.pt') for r in range(world)]
 
 
@@ -453,6 +457,15 @@ def test_unequal_shapes_are_refused_by_all_and_nothing_hangs(ranks):
         for part in ('equally many rows', 'rank 0: 8x4', f'rank {last}: 6x4', 'drop_last=True'): assert part in rows
         assert f'rank {last}: 8x3' in columns
         close(t['after'], torch.arange(len(ranks)).float().repeat_interleave(2)[:, None])   # the group still works
+
+
+def test_two_views_are_gathered_as_one_tensor_is_and_views_that_do_not_fit_stop_all(ranks):
+    for rank, t in enumerate(ranks):
+        assert torch.equal(*t['two views'])
+        said, seconds = t['refused views']
+        assert seconds < SECONDS/2
+        if rank == len(ranks) - 1: assert 'expected two views of one shape (N, D), got (4, 4) and (3, 4)' in said
+        else: assert 'gather_rows needs z of shape (2n, D) from every process' in said
 
 
 def test_whatever_rows_one_process_has_all_of_them_refuse_at_once(ranks):

@@ -217,7 +217,8 @@ def test_every_page_of_the_strip_begins_with_its_own():
     found = {re.sub(r'^\d+_', '', nb.stem): nb for nb in notebooks if re.match(r'\d\d_', nb.name)}
     assert len(pages) == 14 and pages <= set(found)
     for name in pages:
-        texts = [c for c in json.loads(found[name].read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+        cells = json.loads(found[name].read_text(encoding='utf-8'))['cells']
+        texts = [c for c in cells if c['cell_type'] == 'markdown']
         assert f'images/strips/{name}.svg)' in ''.join(texts[1]['source'])
 
 def test_a_strip_fills_the_box_of_its_page_alone():

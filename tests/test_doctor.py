@@ -8,6 +8,8 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
+import forks
+
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
 from simclr_nb.training.callbacks import FreezeEncoderCallback
 from simclr_nb.training.history import HistoryCallback, read_history
@@ -289,12 +291,14 @@ old_columns = ('step,epoch,loss,contrastive_accuracy,contrastive_entropy,alignme
 
 def test_a_history_of_before_goes_on(images, tmp_path):
     file = tmp_path/'history.csv'
-    with pytest.raises(SystemExit): run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)])
+    cbs = [CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), Stop(3)]
+    with pytest.raises(SystemExit): run(images, 6, cbs=cbs)
     whole = file.read_text().splitlines()
     cut = [','.join(line.split(',')[:12]) for line in whole]
     assert cut[0] == old_columns and len(cut) == 16
     file.write_text('\n'.join([*cut[:-1], cut[-1][:40]]) + '\n')                     # the last line broke off
-    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), OnlineMeasuresCallback(every=6, images=20, views=2)])
+    measures = OnlineMeasuresCallback(every=6, images=20, views=2)
+    run(images, 6, cbs=[CheckpointsCallback(tmp_path/'c'), HistoryCallback(file), measures])
     history = read_history(file)
     assert history['step'].tolist() == [*range(1, 15), *range(16, 31), 30]
     assert file.read_text().splitlines()[1:15] == whole[1:15] and np.isfinite(history['rankme'][-1])
@@ -318,8 +322,9 @@ def pretrain(folder, out, *more):
                '--measure-every 1').split()
     command = [sys.executable, '-m', 'simclr_nb', 'pretrain', folder, '--out', out, *options, *more]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
+    return forks.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
 
+@pytest.mark.process
 def test_the_command(tmp_path):
     textures(tmp_path/'healthy', 40)
     done = pretrain(tmp_path/'healthy', tmp_path/'run')
@@ -328,6 +333,7 @@ def test_the_command(tmp_path):
     history = read_history(tmp_path/'run'/'history.csv')
     assert np.isfinite(history['rankme']).sum() == np.isfinite(history['lidar']).sum() == 2
 
+@pytest.mark.process
 def test_the_command_warns_and_can_be_silent(tmp_path):
     sick = tmp_path/'sick'
     textures(sick, 40)

@@ -1,9 +1,12 @@
 "The gate on a toy project: it passes when all is well, and it names each thing that is not."
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, sys
 from pathlib import Path
 
 import pytest
 
+import forks
+
+pytestmark = pytest.mark.process
 root = Path(__file__).resolve().parents[1]
 
 def code(source, *outputs):
@@ -20,8 +23,10 @@ def write(file, *cells):
     nb = dict(cells=list(cells), metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
     file.write_text(json.dumps(nb, indent=1) + '\n')
 
-nbdev = lambda name: Path(sys.executable).with_name(f'nbdev-{name}')
-def run(folder, *command): return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def nbdev(name): return sys.executable, Path(sys.executable).with_name(f'nbdev-{name}')
+def run(folder, *command, **env):
+    env = {**os.environ, 'PYTEST_DEBUG_TEMPROOT': str(folder.parent), **env}    # its tests have their own folders
+    return forks.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 def commit(folder):
     run(folder, 'git', 'add', '-A')
@@ -31,7 +36,8 @@ def commit(folder):
 def good(tmp_path_factory):
     "A project with two notebooks, one module and one test, where everything is in step."
     toy = tmp_path_factory.mktemp('good')
-    for file in ('pyproject.toml', '.gitignore', 'tests/gate.py', 'tools/readme.py'):
+    for file in ('pyproject.toml', '.gitignore', 'conftest.py', 'tests/gate.py', 'tests/forks.py',
+                 'tests/notebooks.py', 'tools/readme.py'):
         (toy/file).parent.mkdir(exist_ok=True)
         shutil.copy(root/file, toy/file)
     for folder in ('nbs', 'simclr_nb'): (toy/folder).mkdir()
@@ -42,15 +48,16 @@ def good(tmp_path_factory):
           code('#| export\ndef one(): return 1'), code('assert one() == 1\nprint(one())', stream('1\n')),
           code('#| slow\n1/0'))
     run(toy, 'git', 'init', '-q')
-    for name in ('export', 'clean'): run(toy, nbdev(name))
+    for name in ('export', 'clean'): run(toy, *nbdev(name))
     run(toy, sys.executable, 'tools/readme.py')
     commit(toy)
     return toy
 
-def gate(folder, *flags):
+def gate(folder, *arguments, workers=1):
     "The names of what failed, the two counts, and the exit code."
-    done = run(folder, sys.executable, 'tests/gate.py', *flags)
-    failed = [re.sub(r' \(\d+ s\)', '', line[5:]) for line in done.stdout.splitlines() if line.startswith('FAIL ')]
+    done = run(folder, sys.executable, 'tests/gate.py', *arguments, WORKERS=str(workers))
+    failed = re.findall(r'^FAIL (.+)$', done.stdout, re.M)
+    failed += sorted(set(re.findall(r'^(?:FAILED|ERROR) ([\w./]+)', done.stdout, re.M)))
     counts = re.fullmatch(r'(\d+) passed, (\d+) failed', done.stdout.splitlines()[-1])
     assert counts, done.stdout + done.stderr
     return failed, tuple(map(int, counts.groups())), done.returncode
@@ -59,9 +66,10 @@ tree, export = 'the tree is clean', 'nbdev-export leaves the tree unchanged'
 step = 'README.md is in step with nbs/index.ipynb'
 clean, held = 'nbdev-clean leaves the tree unchanged', 'every notebook holds its outputs and no error'
 home = 'every module comes from a notebook'
-index, toy = 'nbs/index.ipynb', 'nbs/00_toy.ipynb'
+index, toy, tests = 'nbs/index.ipynb', 'nbs/00_toy.ipynb', 'tests/test_toy.py'
 
-def test_good(good): assert gate(good) == ([], (10, 0), 0)
+@pytest.mark.parametrize('workers', [1, 2])
+def test_good(good, workers): assert gate(good, workers=workers) == ([], (10, 0), 0)
 
 def test_slow_cells_on_request(good): assert gate(good, 'slow') == ([toy], (9, 1), 1)
 
@@ -70,7 +78,7 @@ def stale_module(p): edit(p/'simclr_nb/toy.py', 'return 1', 'return  1')
 def stale_readme(p): edit(p/'README.md', '# Toy', '# Old toy')
 def error_output(p):
     write(p/index, text('# Toy'), code('print(1)', stream('1\n'), error))
-    run(p, nbdev('clean'))
+    run(p, *nbdev('clean'))
 def unclean_notebook(p): edit(p/toy, '"execution_count": null', '"execution_count": 7')
 def skipped_notebook(p): edit(p/toy, '> A toy', '> A toy\\n\\n- skip_exec: true')
 def orphan_module(p):
@@ -88,10 +96,10 @@ def edit(file, old, new):
     file.write_text(file.read_text().replace(old, new))
 
 @pytest.mark.parametrize('harms, failed, counts', [
-    ([failing_cell, stale_readme, orphan_module, failing_test], [step, home, toy], (6, 4)),
+    ([failing_cell, stale_readme, orphan_module, failing_test], [step, home, toy, tests], (6, 4)),
     ([stale_module, error_output], [export, held], (8, 2)),
-    ([unclean_notebook, no_test], [clean, 'pytest'], (7, 2)),
-    ([skipped_notebook, broken_test_file], [toy, 'pytest'], (7, 3)),
+    ([unclean_notebook, no_test], [clean, 'tests'], (7, 2)),
+    ([skipped_notebook, broken_test_file], [toy, 'tests/test_broken.py'], (9, 2)),
 ])
 def test_harm(good, tmp_path, harms, failed, counts):
     toy = shutil.copytree(good, tmp_path/'toy')
@@ -99,9 +107,37 @@ def test_harm(good, tmp_path, harms, failed, counts):
     commit(toy)
     assert gate(toy) == (failed, counts, 1)
 
+def test_tests_that_hang_or_end_their_process_are_failures_and_the_others_run(good, tmp_path):
+    toy = shutil.copytree(good, tmp_path/'toy')
+    (toy/'tests/test_hangs.py').write_text(
+        'import pytest, time\n@pytest.mark.timeout(1)\ndef test_hangs(): time.sleep(600)\n')
+    (toy/'tests/test_dies.py').write_text('import os\ndef test_dies(): os._exit(0)\n')
+    commit(toy)
+    assert gate(toy, workers=2) == (['tests/test_dies.py', 'tests/test_hangs.py'], (10, 2), 1)
+
 @pytest.mark.parametrize('harm', [broken_json, no_notebook])
 def test_ruin(good, tmp_path, harm):
     toy = shutil.copytree(good, tmp_path/'toy')
     harm(toy)
     failed, (_, wrong), exit_code = gate(toy)
     assert tree in failed and step in failed and wrong >= 3 and exit_code == 1
+
+
+# While one writes
+
+def test_quick_runs_what_has_changed_and_no_process(good, tmp_path):
+    p = shutil.copytree(good, tmp_path/'toy')
+    assert gate(p, '--quick') == ([], (5, 0), 0)
+    assert gate(p, '--quick', 'slow') == ([], (5, 0), 0)
+    edit(p/toy, 'print(one())', 'print(one() + 0)')
+    (p/'tests/test_one.py').write_text(
+        'def test_new():\n    assert "return 1" in open("simclr_nb/toy.py").read()\n'
+        '    if 0: from simclr_nb import toy\n')
+    (p/'tests/test_other.py').write_text(
+        'import pytest\n@pytest.mark.process\ndef test_starts(): 1/0\ndef test_new(): pass\n')
+    assert gate(p, '--quick') == ([], (8, 0), 0)
+    assert gate(p, '--quick', 'slow') == ([toy], (7, 1), 1)
+    commit(p)
+    assert gate(p, '--quick') == ([], (5, 0), 0)
+    for file in (p/toy, p/'simclr_nb/toy.py'): edit(file, 'return 1', 'return 2')   # so what imports it fails
+    assert gate(p, '--quick') == ([toy, 'tests/test_one.py'], (5, 2), 1)

@@ -90,7 +90,8 @@ def test_training_reaches_every_weight(name):
     (dict(size=10**6), 'size is 1000000'), (dict(feature_dim=10**9), 'has 128 features')])
 def test_a_description_is_compared_with_the_tensors_before_anything_is_built(tmp_path, monkeypatch, facts, words):
     net = resnet(18, .25, 'cifar')
-    path = save_tensors(tmp_path/'e', net.state_dict(), simclr_nb=net.config | dict(feature_dim=net.num_features, format=1) | facts)
+    facts = net.config | dict(feature_dim=net.num_features, format=1) | facts
+    path = save_tensors(tmp_path/'e', net.state_dict(), simclr_nb=facts)
     kinds, make = set(), torch.nn.Parameter.__new__
     def noted(cls, data=None, *args, **kwargs):
         kinds.add(data.device.type)
@@ -203,6 +204,7 @@ def test_a_missing_comment_is_seen():
     assert undocumented(f) == ['y', 'to g']
 
 
+@pytest.mark.process
 def test_imports_are_silent():
     code = 'import simclr_nb.all, timm, warnings; warnings.warn("IProgress not found. Please update jupyter")'
     done = subprocess.run([sys.executable, '-W', 'default', '-c', code], capture_output=True, text=True, cwd=root)

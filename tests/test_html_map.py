@@ -5,6 +5,8 @@ from html.parser import HTMLParser
 
 import numpy as np, pytest, torch
 from PIL import Image
+
+import forks
 from simclr_nb.features.neighbors import NeighborIndex
 from simclr_nb.pictures.pages import html_map
 from simclr_nb.pictures.plots import plot_confusion, plot_label_fractions, plot_map, project_2d, save_figure
@@ -142,11 +144,12 @@ def test_a_thumbnail_is_the_image(page):
 
 # What a collapsed or foreign set must not break
 
+@pytest.mark.process
 @pytest.mark.parametrize('h', ['zeros(40, 8)', 'ones(40, 8)', 'rand(40, 1)*torch.ones(8)'])
 def test_vectors_of_one_direction_are_one_point_and_a_warning(h):
     "In a process of its own: t-SNE ended the interpreter (exit 139)."
     code = f'import torch; from simclr_nb.pictures.plots import project_2d; print(abs(project_2d(torch.{h})).max())'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    done = forks.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == '0.0' and 'all 40 vectors have one direction' in done.stderr
 
 def test_a_map_of_nan_is_refused():

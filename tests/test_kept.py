@@ -32,7 +32,9 @@ def unpacked(name, folder):
     return path
 
 
-def own(): return nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def own():
+    layers = nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers)
 
 
 def same(h, want): assert_close(h, want, rtol=1e-6, atol=1e-6*want.abs().max().item())
@@ -84,6 +86,7 @@ def test_a_run_is_complete_and_not_trained_again(run):
 
 
 def test_a_run_is_evaluated(run):
-    said = works(simclr('evaluate', run, run.parent/'images', '--protocol', 'knn', '--seeds', '0', '--num-workers', '0'))
+    options = '--protocol', 'knn', '--seeds', '0', '--num-workers', '0'
+    said = works(simclr('evaluate', run, run.parent/'images', *options))
     scores = {s['encoder'] for s in read_json(run/'report.json')['scores']}
     assert {'pixels', 'pca', 'untrained', 'simclr'} <= scores and 'simclr' in said

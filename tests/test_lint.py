@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 root = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location('lint', root/'tools/lint.py')
 lint = importlib.util.module_from_spec(spec)

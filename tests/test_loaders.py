@@ -3,13 +3,18 @@ import os, signal, subprocess, sys, time
 
 import pytest
 
+import forks
+
+pytestmark = pytest.mark.process
+
 common = '''
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np, torch.multiprocessing as mp
 from PIL import Image
 from simclr_nb.augmentations import simclr_augmentations
-from simclr_nb.data.datasets import eval_loader, folder_images, train_loader
+from simclr_nb.data.datasets import eval_loader, train_loader
+from simclr_nb.data.sets import folder_images
 
 def make(n):
     "Images in the folder that the command names."
@@ -70,7 +75,7 @@ def started(tmp_path, script, method):
     file.write_text(script)
     (tmp_path/'images').mkdir()
     command, pipe = [sys.executable, str(file), str(tmp_path/'images'), method], subprocess.PIPE
-    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT,
+    return forks.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
 def end_all(process):

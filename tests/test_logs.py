@@ -4,6 +4,10 @@ import os, subprocess, sys
 import numpy as np, pytest
 from PIL import Image
 
+import forks
+
+pytestmark = pytest.mark.process
+
 
 def logged_run(folder, kind, *more, **env):
     "`simclr pretrain` on a few pictures, and the folder of the run."
@@ -15,7 +19,7 @@ def logged_run(folder, kind, *more, **env):
     options = '--arch resnet18_0.125x --size 32 --batch-size 8 --epochs 2 --lr 0.1 --num-workers 0'.split()
     command = [sys.executable, '-m', 'simclr_nb', 'pretrain', images, '--out', out, '--log', kind, *options, *more]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
+    done = forks.run(command, capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL)
     return done, out
 
 

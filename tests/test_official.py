@@ -2,7 +2,7 @@
 
 The large golden files are looked for in ../shared/golden, or where SIMCLR_GOLDEN says; without them their tests
 are skipped."""
-import os, pickle, random, resource, signal, struct, subprocess, sys, tarfile
+import os, pickle, random, resource, signal, struct, sys, tarfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-import tensor_bundle as tb
+import forks, tensor_bundle as tb
 from simclr_nb.encoder import adapt_channels
 from simclr_nb.core import BadCheckpoint
 from simclr_nb.weights.bundle import Entry, read_index, read_table
@@ -404,12 +404,13 @@ def test_missing_data_file(tmp_path):
 
 # ---------------------------------------------------------------- on to other programs
 
+@pytest.mark.process
 @torch.no_grad()
 def test_convert_command(tmp_path):
     "`simclr convert PREFIX OUT`, then load_encoder: the same features, to the bit."
     prefix = write(tmp_path)
     program = [sys.executable, '-m', 'simclr_nb', 'convert']
-    run = subprocess.run([*program, str(prefix), str(tmp_path/'out')], capture_output=True, text=True)
+    run = forks.run([*program, str(prefix), str(tmp_path/'out')], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     encoder, x = load_encoder(tmp_path/'out'/'encoder.safetensors'), torch.rand(3, 3, 32, 32)
     assert_close(encoder(x), load_official(prefix).encoder(x), rtol=0, atol=0)

@@ -2,9 +2,10 @@
 import datetime, os, random
 from pathlib import Path
 
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import pytest, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import forks
 from conftest import free_port
 from hues import HUES, pictures
 from simclr_nb.augmentations import Augmentation, RandomFlip, RandomResizedCrop
@@ -20,7 +21,9 @@ def pretrained(folder, watch, rank=0, world=1):
     images = ImageSet(sorted(Path(folder).rglob('*.png')), [k for k in range(3) for _ in range(8)], list(HUES))
     learn = simclr_learner(images, 'resnet18_0.25x', augment=AUGMENT, num_workers=0)
     if world > 1: learn.model = DistributedDataParallel(learn.model)
-    cbs = [OnlineProbeCallback(), OnlineEvalCallback(knn_evaluator(images, 32, k=5, num_workers=0), every=2)] if watch else []
+    cbs = []
+    if watch:
+        cbs = [OnlineProbeCallback(), OnlineEvalCallback(knn_evaluator(images, 32, k=5, num_workers=0), every=2)]
     torch.manual_seed(1)
     random.seed(1)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, lr=.1, cbs=cbs)
@@ -41,10 +44,11 @@ def one_process(rank, world, folder, port):
     finally: dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_watchers_in_two_processes(tmp_path):
     "Under DistributedDataParallel training is untouched, and only the first process looks for neighbors."
     pictures(tmp_path, 8, 'png')
-    mp.start_processes(one_process, (2, str(tmp_path), free_port()), nprocs=2, start_method='spawn')
+    forks.together(one_process, 2, (2, str(tmp_path), free_port()), 120)
     first, second = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
     assert first['same'] and second['same']
     assert list(first['neighbors']) == [2, 3] and second['neighbors'] == {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 root = Path(__file__).resolve().parents[1]
 settings = ConfigParser(interpolation=None)
 settings.optionxform = str

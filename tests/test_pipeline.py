@@ -1,18 +1,21 @@
 "The measurements of the input work, on files of all kinds of sizes."
-import json, subprocess, sys
+import json, sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import forks
+
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'bench'))
 
 def printed(script, *args):
-    done = subprocess.run([sys.executable, root/'bench'/script, *args], capture_output=True, text=True, cwd=root)
+    done = forks.run([sys.executable, root/'bench'/script, *args], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
+@pytest.mark.process
 @pytest.mark.parametrize('args', [('--colors', 'torchvision', '--size', '32', '--cache', '50'), ('--size', '96')])
 def test_the_pipeline_is_measured(args):
     said = printed('pipeline.py', '--tiny', *args)
@@ -25,6 +28,7 @@ def test_the_pipeline_is_measured(args):
     if '--cache' in args: assert said['colors'] == 'torchvision' and said['ratio_of_cache']['median'] > 0
     else: assert said['colors'] == 'simclrv1' and 'ratio_of_cache' not in said
 
+@pytest.mark.process
 def test_decoders_agree_and_are_measured():
     said = printed('decoders.py', '--limit', '4', '--repeats', '2')
     assert all(row['equal'] == 4 and row['simplejpeg'] > 0 for row in said['ms'].values())

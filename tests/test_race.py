@@ -1,8 +1,10 @@
 "The race: what it prints follows from its runs, and a run is what the settings say."
-import json, subprocess, sys
+import json, sys
 from pathlib import Path
 
 import pytest
+
+import forks
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'bench'))
@@ -36,9 +38,10 @@ def race(tmp_path, *more):
     command = [sys.executable, root/'bench/train.py', '--images', '48', '--queries', '24', '--size', '32', '--arch',
                'resnet18_0.125x', '--batch-size', '16', '--lengths', '1,2', '--threads', '1', '--workers', '0',
                '--out', tmp_path/'race.jsonl', *more]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
+    return forks.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('contestants', ['simclrv1,bare'])
 def test_a_race(tmp_path, contestants):
     done = race(tmp_path, '--contestants', contestants)
@@ -56,6 +59,7 @@ def test_a_race(tmp_path, contestants):
     assert again.stdout == done.stdout and (tmp_path/'race.jsonl').read_text() == before
 
 
+@pytest.mark.process
 def test_unknown_contestants_are_named(tmp_path):
     done = race(tmp_path, '--contestants', 'ours')
     assert done.returncode and 'no contestant ours' in done.stderr

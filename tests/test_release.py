@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 root = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location('release', root/'tools/release.py')
 release = importlib.util.module_from_spec(spec)

@@ -1,14 +1,17 @@
 "Runs that die and go on: the same command, started again, ends with the same weights, bit for bit."
 import json, os, random, resource, signal, subprocess, sys, time
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
+
+import forks
 
 from simclr_nb.commands import main as cli
 from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.training.resume import load_state
 
+pytestmark = pytest.mark.process
 STEPS = 18
 settings = dict(arch='resnet18_0.125x', size=32, batch_size=16, epochs=6, lr=.1, num_workers=0, save_every=2)
 
@@ -36,11 +39,7 @@ def images(place):
 
 
 @pytest.fixture(scope='module')
-def processes():
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume',
-                                    'simclr_nb.features.extract'])
-    return context
+def processes(): return forks
 
 
 def killing_in(call, signal=signal.SIGKILL):
@@ -273,7 +272,8 @@ cli.main(sys.argv[1:])
 def torchrun(log, *args):
     "Two processes; what they say goes to a file."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *map(str, args)]
-    with open(log, 'w') as f: return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+    env = {**os.environ, forks.nested: '1'}                   # the processes that it starts are forked, too
+    with open(log, 'w') as f: return forks.Popen(command, env=env, stdout=f, stderr=subprocess.STDOUT)
 
 
 def test_torchrun_starts_the_group_again_where_it_was(images, place):

@@ -1,4 +1,5 @@
-"""What `save_encoder` keeps gives the same features after `load_encoder`: every network of both libraries, made weights.
+"""What `save_encoder` keeps gives the same features after `load_encoder`: every network of
+both libraries, with made weights.
 
 The weights come the way that the libraries' own do, without the download: what a library sets for its weights alone,
 and no file of weights holds, would show. By default one small network of each family; SIMCLR_TEST_LONG=1 takes all

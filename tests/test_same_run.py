@@ -2,20 +2,21 @@
 import os, tarfile
 from pathlib import Path
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from torch import nn
 
-import faults
+import faults, forks
 from conftest import free_port
 from simclr_nb.augmentations import simclr_augmentations
 from simclr_nb.data.sets import folder_images
 from simclr_nb.learner import simclr_learner
 from simclr_nb.data.stores import tar_images
 
+pytestmark = pytest.mark.process
 IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 16, 20      # a batch does not divide an epoch
 
 
@@ -116,12 +117,10 @@ def runs(tmp_path_factory):
     for k in range(3):
         with tarfile.open(shards/f'{k}.tar', 'w') as tar:
             for file in sorted(folder.iterdir())[k::3]: tar.add(file, file.name)
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.learner', 'fastai.vision.data'])
     results = {}
     for world in (1, 2, 4):
         port = free_port()
-        run_all([context.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)])
+        run_all([forks.Process(target=a_process, args=(rank, world, port, str(folder))) for rank in range(world)])
         results[world] = [torch.load(f'{folder}.{world}.{rank}') for rank in range(world)]
     results['folder'] = str(folder)
     return results
@@ -149,8 +148,8 @@ def test_two_processes_over_shards_take_the_steps_of_one_over_the_folder(runs):
 @pytest.mark.parametrize('fault', faults.faults)
 def test_a_wrong_gradient_is_seen(runs, fault):
     "Each of these bugs trains, and its losses fall; only the comparison with one process tells."
-    context, port, folder = mp.get_context('forkserver'), free_port(), runs['folder']
-    run_all([context.Process(target=a_wrong_process, args=(rank, port, folder, fault)) for rank in range(2)])
+    port, folder = free_port(), runs['folder']
+    run_all([forks.Process(target=a_wrong_process, args=(rank, port, folder, fault)) for rank in range(2)])
     wrong, one = torch.load(f'{folder}.{fault}.0'), runs[1][0]['double']
     apart = max((wrong['weights'][k] - v).abs().max() for k, v in one['weights'].items() if v.is_floating_point())
     assert apart > 1e-3, f'after {STEPS} steps the weights differ by {apart:.1e} only'

@@ -3,10 +3,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from unittest import mock
 
-import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import numpy as np, pytest, torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
-import pretend
+import forks, pretend
 from conftest import free_port
 from simclr_nb.augmentations import Augmentation, RandomResizedCrop, RandomTransform, simclr_augmentations
 from simclr_nb.training.callbacks import SanityChecksCallback
@@ -244,8 +244,9 @@ def one_of_two(rank, folder, port):
     finally: dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_two_processes_agree_without_waiting_for_their_devices(tmp_path):
-    mp.start_processes(one_of_two, (str(tmp_path), free_port()), nprocs=2, start_method='spawn')
+    forks.together(one_of_two, 2, (str(tmp_path), free_port()), 120)
     found = [torch.load(tmp_path/f'{rank}.pt') for rank in range(2)]
     rows = [torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
     together = torch.cat([r[:2] for r in rows] + [r[2:] for r in rows])

@@ -2,9 +2,11 @@
 import csv, io, os, pickle, tarfile
 from dataclasses import replace
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
+
+import forks
 
 from simclr_nb.commands import main as cli
 from simclr_nb.data import stores
@@ -188,7 +190,7 @@ class Silent:
 
 
 def test_a_store_that_stops_answering_ends_the_run_and_takes_no_other_picture(folder, monkeypatch):
-    monkeypatch.setattr(stores, 'pauses', (.01,))
+    monkeypatch.setattr('simclr_nb.data.files.pauses', (.01,))
     silent = Silent(folder, 5)
     files = load_images('memory://stores').files
     monkeypatch.setattr(type(files), 'read', lambda self, i: stores.answer(lambda: silent(i), self.address(i)))
@@ -229,15 +231,8 @@ def a_run(source, out, kill_at=None, more=None):
     cli.main(arguments(source, out, **(more or {})))
 
 
-def preloaded():
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['simclr_nb.commands.main', 'simclr_nb.learner', 'simclr_nb.training.resume',
-                                    'simclr_nb.features.extract'])
-    return context
-
-
 def started(*args, **kwargs):
-    process = preloaded().Process(target=a_run, args=args, kwargs=kwargs)
+    process = forks.Process(target=a_run, args=args, kwargs=kwargs)
     process.start()
     process.join(240)
     return process.exitcode
@@ -252,6 +247,7 @@ def straight(place):
     return weights(place/'straight')
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('name', ['shards', 'parquet'])
 def test_killed_runs_over_shards_and_tables_end_with_the_weights_of_the_folder(place, sources, straight, name):
     out = place/f'run over {name}'
@@ -262,6 +258,7 @@ def test_killed_runs_over_shards_and_tables_end_with_the_weights_of_the_folder(p
     assert {*read_history(out/'history.csv')['step']} == {*range(1, 11)}
 
 
+@pytest.mark.process
 def test_groups_from_a_table_and_other_groups_are_refused(place, sources, straight):
     out = place/'grouped'
     assert started(sources['parquet'], out, more=dict(positives='patient')) == 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import forks
 from simclr_nb.studies.grids import scales, studies
 from simclr_nb.studies.points import images_of, train_point
 from simclr_nb.studies.results import read_records, results_file
@@ -13,7 +14,7 @@ root = Path(__file__).resolve().parents[1]
 def study(*args):
     env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, '-m', 'simclr_nb', 'study', *map(str, args)]
-    return subprocess.Popen(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return forks.Popen(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def results(out):
     records = read_records(results_file('tiny', out))
@@ -26,6 +27,7 @@ def wait_for(n, out, job):
         assert time.monotonic() - began < 300
         time.sleep(.02)
 
+@pytest.mark.process
 def test_a_study_that_is_killed_twice_finishes_with_the_same_numbers(tmp_path):
     for n in (1, 2):
         job = study('broader', '--scale', 'tiny', '--out', tmp_path/'killed')
@@ -41,6 +43,7 @@ def test_a_study_that_is_killed_twice_finishes_with_the_same_numbers(tmp_path):
     assert all(job.communicate(timeout=600) and job.returncode == 0 for job in halves)
     assert results(tmp_path/'killed') == results(tmp_path/'shared') and len(results(tmp_path/'shared')) == 4
 
+@pytest.mark.process
 @pytest.mark.parametrize('args, words', [
     (('colour',), "no study 'colour'"), (('broader', '--part', '3/2'), 'a part is I/N'),
     (('broader', '--part', '1'), 'a part is I/N')])
@@ -49,6 +52,7 @@ def test_bad_words_are_one_line(args, words, tmp_path):
     said, error = job.communicate(timeout=100)
     assert job.returncode and words in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
+@pytest.mark.process
 def test_without_a_name_the_studies_are_listed_and_at_the_papers_scale_the_plan():
     said, _ = study().communicate(timeout=100)
     assert all(name in said for name in studies)

@@ -2,10 +2,12 @@
 
 Where CIFAR-10 is not on the disk, handwritten digits take its place, in folders laid out as CIFAR-10's.
 """
-import json, os, re, subprocess, sys, tempfile, textwrap
+import json, os, re, sys, tempfile, textwrap
 from pathlib import Path
 
 import pytest
+
+import forks
 
 root = Path(__file__).resolve().parents[1]
 notebook = root/'nbs/00_tour.ipynb'
@@ -52,7 +54,7 @@ def run(home, *changes):
     with tempfile.TemporaryDirectory() as folder:                           # a file, so that an error shows its line
         script = Path(folder)/'tour.py'
         script.write_text(code, encoding='utf-8')
-        done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=600)
+        done = forks.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,15 +63,18 @@ def learned(facts):
     falls = 4 < facts['first'] < 5.5 and facts['last'] < facts['first'] - .5          # a guess: ln 127 = 4.84
     return falls and all(after > before + 1 for before, after in zip(facts['untrained'], facts['SimCLR']))
 
+@pytest.mark.process
 def test_the_tour_learns_better_than_chance_and_than_no_training(pictures_home):
     facts = run(pictures_home)
     assert learned(facts) and min(facts['SimCLR']) > 20                              # percent; 10 is a guess
 
+@pytest.mark.process
 @pytest.mark.parametrize('change', [
     ('            optimizer.step()\n', ''),                                          # no step is taken
     ('[augment(pictures[i]) for _ in range(2) for i in batch]', '[augment(pictures[i]) for i in batch]*2')])  # one view
 def test_a_loop_that_does_not_learn_is_seen(pictures_home, change): assert not learned(run(pictures_home, change))
 
+@pytest.mark.process
 def test_a_wrong_loss_is_caught_by_the_two_checks(pictures_home):
     for change in (('.fill_diagonal_(-torch.inf)', ''), ('.roll(len(z)//2)', '.roll(1)')):
         with pytest.raises(AssertionError, match='assert math.isclose'): run(pictures_home, change)

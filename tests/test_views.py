@@ -1,8 +1,11 @@
 "What an image's views are depends on seed, epoch and image alone: not on workers, batches, or an interruption."
+import re
+from pathlib import Path
+
 import numpy as np, pytest, torch
 from PIL import Image
 
-from simclr_nb.augmentations import crop_views, simclr_augmentations
+from simclr_nb.augmentations import Stream, crop_views, keyed_rng, simclr_augmentations
 from simclr_nb.data.datasets import train_loader
 from simclr_nb.data.sets import folder_images
 from simclr_nb.operations import broader_augmentations
@@ -89,3 +92,29 @@ def test_each_draw_is_that_of_its_key(images):
     for _ in range(3): augment.draw_views((SEED, 0, 8), 200, 150)
     again = augment.draw_views((SEED, 0, 7), 200, 150)
     assert boxes == again[0] and all((a == b).all() for a, b in zip(params, again[1]))
+
+
+package = Path(__file__).resolve().parents[1]/'simclr_nb'
+
+def streams_by_hand(sources):
+    "Lines of sources, by name, where a stream of random numbers has no name."
+    hand = re.compile(r'2\s*\*\*\s*32|1\s*<<\s*32|4_?294_?967_?\d+|view\s*=\s*(?!Stream\.|0\b|1\b|view\b)[\w(]')
+    return [f'{name}: {line.strip()}' for name, source in sources.items() for line in source.splitlines()
+            if hand.search(line.partition('#')[0]) and 'keyed_rng' in source and not line.startswith('beyond = ')]
+
+def test_every_stream_of_random_numbers_has_a_name_and_a_number_of_its_own():
+    sources = {f.relative_to(package).as_posix(): f.read_text(encoding='utf-8') for f in package.rglob('*.py')}
+    assert streams_by_hand(sources) == []
+    used = set(re.findall(r'Stream\.([A-Z_]+)', '\n'.join(sources.values())))
+    assert used == set(Stream.__members__)                           # none that nobody draws from, no alias
+    assert len({int(stream) for stream in Stream}) == len(Stream.__members__)
+    assert len({keyed_rng(SEED, 1, 2, view).random() for view in (0, 1, 2, 3, *Stream)}) == 4 + len(Stream)
+
+@pytest.mark.parametrize('line', ['keyed_rng(seed, view=2**32 + 9)', 'keyed_rng(seed, view=offset + 5)',
+                                  'view = 4294967301; keyed_rng(0, view=view)'])
+def test_a_stream_without_a_name_is_found(line): assert streams_by_hand({'other.py': line})
+
+def test_the_streams_that_views_depend_on_keep_their_numbers():
+    "Runs of version 0.1 go on with the order, the replacements and the views that they began with."
+    kept = dict(ORDER=0, SHARED_BOX=1, NOISE=2, LABELS=3, REPLACEMENT=4, PARTNER=5, SAMPLE=6)
+    assert {name: Stream[name] - 2**32 for name in kept} == kept

@@ -243,7 +243,7 @@ class FeatureStore:
     def _reserve(self, name, dtype, shape):
         "A new array, with its room on the disk taken."
         file, room = self.folder/f'{name}.npy', math.prod(shape)*np.dtype(dtype).itemsize
-        try:                                               # a full disk is an error here; later it would kill the process
+        try:                                         # a full disk is an error here; later it would kill the process
             array = np.lib.format.open_memmap(file, 'w+', dtype, shape)
             with open(file, 'r+b') as f:
                 if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))

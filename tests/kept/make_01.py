@@ -47,7 +47,9 @@ def sparse(net, seed):
     return net.eval()
 
 
-def own(): return nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def own():
+    layers = nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers)
 
 
 def plain(name, seed):
@@ -80,7 +82,8 @@ with torch.no_grad():
         again = load_encoder(file, own() if name == 'own' else None)
         values[name] = again(x[:, :1]/255 if name == 'channels' else x/255)
         with lzma.open(here/f'{name}.safetensors.xz', 'wb', preset=9) as f: f.write(file.read_bytes())
-    settings = ('--arch resnet18_0.03125x --size 16 -b 8 --epochs 2 --lr 0.03 --optimizer sgd --num-workers 0 --projection-dim 16 '
+    settings = ('--arch resnet18_0.03125x --size 16 -b 8 --epochs 2 --lr 0.03 --optimizer sgd --num-workers 0 '
+                '--projection-dim 16 '
                 '--save-every 2 --knn-every 0').split()
     run = here/'run'
     with torch.enable_grad(): cli.main(['pretrain', str(here/'images'), '--out', str(run), *settings])
