@@ -186,17 +186,10 @@ def channels_of(net:nn.Module)->int:
     return conv.in_channels if conv else 3
 
 @torch.no_grad()
-<<<<<<< ours
-def _probe(encoder, size):
-    "What the encoder makes of one gray image."
-    like = next(encoder.parameters(), torch.empty(0))
-    x = torch.full((1, channels_of(encoder), size, size), .5, device=like.device, dtype=like.dtype)
-=======
 def _probe(encoder, size, channels):
     "What the encoder makes of one gray image."
     like = next(encoder.parameters(), torch.empty(0))
     x = torch.full((1, channels, size, size), .5, device=like.device, dtype=like.dtype)
->>>>>>> theirs
     kept = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
     try:
         with eval_mode(encoder), kept: return encoder(x)
@@ -206,15 +199,6 @@ def _probe(encoder, size, channels):
 def features_of(
     net:nn.Module, # (B, C, size, size) to h (B, d); may be wrapped
     size:int, # side of the images, pixels
-<<<<<<< ours
-)->int: # d
-    "The number of features per image, found with one gray image."
-    net = unwrap(net)
-    h = _probe(net, size)
-    if isinstance(h, Tensor) and h.ndim == 2 and len(h) == 1: return h.shape[1]
-    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f'an encoder turns images (1, {channels_of(net)}, {size}, {size}) into features of shape (1, d); '
-=======
     channels:int|None=None, # of the images; None: as `channels_of` says
 )->int: # d
     "The number of features per image, found with one gray image."
@@ -223,7 +207,6 @@ def features_of(
     if isinstance(h, Tensor) and h.ndim == 2 and len(h) == 1: return h.shape[1]
     got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
     raise ValueError(f'an encoder turns images (1, {channels}, {size}, {size}) into features of shape (1, d); '
->>>>>>> theirs
                      f'this one gives {got}. Pool and flatten its output, and take the classifier off.')
 
 # %% ../nbs/02_encoder.ipynb #a20519db
@@ -246,13 +229,8 @@ def _ours(arch, size, stem):
 
 def _by_word(word, size, stem):
     "An encoder from elsewhere: of a library, with random weights; or one that has weights."
-<<<<<<< ours
-    if not word.startswith(('timm:', 'torchvision:')):
-        return import_module(_elsewhere).named_encoder(word, None, size, stem)
-=======
     words = import_module(_elsewhere)
     if not word.startswith(('timm:', 'torchvision:')): return words.named_encoder(word, None, size, stem)
->>>>>>> theirs
     if stem: raise ValueError(f'a stem can be chosen for our ResNets only, not for {word}')
     net = words.library_network(word, size)
     return Wrapped(net, features_of(net, size, 3), arch=word, size=size)
