@@ -2,8 +2,8 @@
 both libraries, with made weights.
 
 The weights come the way that the libraries' own do, without the download: what a library sets for its weights alone,
-and no file of weights holds, would show. By default one small network of each family; SIMCLR_TEST_LONG=1 takes all of
-torchvision's networks."""
+and no file of weights holds, would show. By default one small network of each family; SIMCLR_TEST_LONG=1 takes all
+of torchvision's networks, and the families of timm that have heavy ones only."""
 import os
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest, timm, torch, torch.nn.functional as F, torchvision
 from torchvision.models import WeightsEnum
 
-from simclr_nb.encoder import build_encoder, load_encoder, save_encoder
+from simclr_nb.core import save_tensors
+from simclr_nb.encoder import Normalized, build_encoder, load_encoder, save_encoder
 from simclr_nb.weights.files import named_encoder
 
 long = 'SIMCLR_TEST_LONG' in os.environ
@@ -67,13 +68,22 @@ def round_trip(word, size, path, trained=True):
     return encoder
 
 
+small = 'densenet121', 'legacy_seresnet18', 'levit_128s', 'tresnet_m', 'mobilenetv3_small_050', 'repvit_m0_9'
+heavy = {'beit_base_patch16_224', 'deepseek_vit_412m', 'gemma4_vit_167m', 'inception_resnet_v2', 'inception_v4',
+         'mobilenetv5_300m', 'naflexvit_base_patch16_siglip', 'nasnetalarge', 'pnasnet5large', 'qwen3_vit_88m',
+         'sam2_hiera_tiny', 'samvit_base_patch16', 'sequencer2d_s', 'vgg11'}                   # seconds or gigabytes each
+
+
 def families():
-    "The smallest network of each of timm's families, as far as names tell."
+    "The smallest network of each of timm's families, as far as names tell; without the heavy ones if time matters."
     sizes = ('test_', 'zepto', 'atto', 'femto', 'pico', 'nano', 'xxt', 'xxs', 'tiny', '_t0', '_t_', 'mini', 'xs', '_t',
              'small', 'micro', '_s', '050', '035', '_b0', '_0', '18', '14', '26')
-    def rank(name): return next((i for i, s in enumerate(sizes) if s in name), len(sizes)), len(name), name
-    found = {module: timm.list_models(module=module) for module in timm.list_modules()}
-    return [min(names, key=rank) for names in found.values() if names]
+    def rank(name):
+        size = next((i for i, s in enumerate(sizes) if s in name), len(sizes))
+        return name not in small, size, len(name), name
+    found = [timm.list_models(module=module) for module in timm.list_modules()]
+    names = [min(family, key=rank) for family in found if family]
+    return [name for name in names if long or name not in heavy]
 
 
 def torchvision_names(every):
@@ -115,5 +125,35 @@ def check(word, path):
 def test_torchvision(name, tmp_path): check(f'torchvision:{name}', tmp_path/'encoder.safetensors')
 
 
-@pytest.mark.parametrize('name', families())
+@pytest.mark.parametrize('name', ['fbnetc_100', *families()])
 def test_timm(name, tmp_path): check(f'timm:{name}', tmp_path/'encoder.safetensors')
+
+
+@pytest.mark.parametrize('word', ['torchvision:googlenet', 'torchvision:inception_v3', 'timm:fbnetc_100'])
+def test_settings_that_belong_to_weights_are_those_of_the_library(word):
+    "The library's own network with its weights, called as its documentation says, is the oracle."
+    library, _, name = word.partition(':')
+    with made_weights(library, name), torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = named_encoder(word, size=96).eval()
+        torch.manual_seed(0)
+        if library == 'timm': net = timm.create_model(name, pretrained=True, num_classes=0)
+        else:
+            net = torchvision.models.get_model(name, weights='DEFAULT')
+            net.fc = torch.nn.Identity()
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((.485, .456, .406), (.229, .224, .225)))
+    with torch.no_grad(): h, want = encoder(x), net.eval()((x - mean)/std)
+    torch.testing.assert_close(h, want, rtol=1e-4, atol=1e-5*want.abs().max().item())
+
+
+def test_a_file_of_version_01_gets_the_setting_that_it_left_out(tmp_path):
+    with made_weights('torchvision', 'googlenet'): net = torchvision.models.get_model('googlenet', weights='DEFAULT')
+    net.fc = torch.nn.Identity()
+    normalize = dict(mean=[.485, .456, .406], std=[.229, .224, .225])
+    facts = dict(arch='torchvision/googlenet', size=96, stem=None, feature_dim=1024, normalize=normalize,
+                 start='torchvision:googlenet', format=1, version='0.1.0')
+    before = Normalized(net.eval(), 1024, normalize)                               # as 0.1 trained it
+    path = save_tensors(tmp_path/'encoder.safetensors', before.state_dict(), simclr_nb=facts)
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): assert torch.equal(load_encoder(path)(x), before.eval()(x))
