@@ -54,8 +54,7 @@ class Residual(nn.Module):
 def _residual(c_in, c_out, stride, first, *layers):
     "Put ReLUs between `layers`, and a shortcut around them."
     shortcut = conv_bn(c_in, c_out, 1, stride) if first else nn.Identity()
-    branch = [layers[0]]
-    for layer in layers[1:]: branch += [nn.ReLU(inplace=True), layer]
+    branch = [m for layer in layers for m in (nn.ReLU(inplace=True), layer)][1:]
     return Residual(shortcut, nn.Sequential(*branch))
 
 # %% ../nbs/02_encoder.ipynb #0b7db79f
@@ -126,6 +125,7 @@ class ResNet(Encoder):
         x = self.stage2(self.stage1(self.stem(x)))
         return self.mean(self.stage4(self.stage3(x)))
 
+# %% ../nbs/02_encoder.ipynb #67faaacc
 def resnet(
     depth:int=50, # 18, 34 (basic blocks); 50, 101, 152 (bottlenecks)
     width:float=1, # multiplies all channels; the paper uses 1, 2 and 4, and fractions work
@@ -356,7 +356,7 @@ def _check_named(encoder, facts):
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3*ours.abs().max().item()):
         raise ValueError(f"{facts['arch']} is another network than this one: with its weights it gives other features")
 
-# %% ../nbs/02_encoder.ipynb #f6971207
+# %% ../nbs/02_encoder.ipynb #3fe24cba
 def load_encoder(
     path:str|Path, # a file from `save_encoder`
     encoder:nn.Module|None=None, # the module to fill, for a file that was saved from a module of your own

@@ -177,7 +177,7 @@ def take_lock(
         except Timeout: raise _in_use(out) from None
         if (after := _inode(path)) is not None and before in (None, after): break
         lock.release()                                          # its last owner has just deleted it
-    write_json(out/'.lock-owner', dict(pid=os.getpid(), host=socket.gethostname()))
+    (out/'.lock-owner').write_text(json.dumps(dict(pid=os.getpid(), host=socket.gethostname())))
     return lock
 
 @contextmanager
