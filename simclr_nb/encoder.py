@@ -57,7 +57,6 @@ def _residual(c_in, c_out, stride, first, *layers):
     branch = [m for layer in layers for m in (nn.ReLU(inplace=True), layer)][1:]
     return Residual(shortcut, nn.Sequential(*branch))
 
-# %% ../nbs/02_encoder.ipynb #0b7db79f
 def basic_block(
     c_in:int, # channels in
     c:int, # channels of both convolutions, and out
