@@ -51,6 +51,7 @@ def title_of(notebook):
     first = next(c for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
     return ''.join(first['source']).splitlines()[0].removeprefix('# ')
 
+@pytest.mark.process
 def test_every_notebook_is_a_page_of_the_sidebar(site):
     pages = {docs_name(nb): nb for nb in notebooks}
     assert len(pages) == len(notebooks), 'two notebooks would be one page'
@@ -64,6 +65,7 @@ def test_every_notebook_is_a_page_of_the_sidebar(site):
         chapter = len(relative.parts) == 1 and number and int(number[1]) < 8
         if number: assert shown[page] == (f'{int(number[1])} ' if chapter else '') + title_of(nb)
 
+@pytest.mark.process
 def test_chapters_stand_in_order_and_every_folder_is_a_section(site):
     text = (site/'index.html').read_text(encoding='utf-8')
     labels = [label for _, label in sidebar_of(text)]
@@ -78,19 +80,23 @@ def test_chapters_stand_in_order_and_every_folder_is_a_section(site):
         assert [page for page in pages if page in of_folder] == of_folder, folder
     assert bar.count('sidebar-item-section') >= len(folders)
 
+@pytest.mark.process
 def test_pages_read_without_a_network(site):
     if shutil.which('quarto'): pytest.skip('this is about the site of smalldocs')
     assert not list(docs.fetched(site))
 
+@pytest.mark.process
 def test_no_formula_and_no_fence_is_left_raw(site): assert not list(docs.raw_tex(site))
 
 def test_notebooks_are_tidy(): assert not [line for nb in notebooks for line in docs.untidy(nb)]
 
+@pytest.mark.process
 def test_every_page_has_an_icon(site):
     for page in site.rglob('*.html'):
         icon = re.search(r'<link[^>]*rel="icon"[^>]*>', page.read_text(encoding='utf-8'))
         assert icon and (page.parent/re.search('href="(.*?)"', icon[0])[1]).is_file(), page.name
 
+@pytest.mark.process
 def test_a_definition_is_what_a_search_finds_first(site):
     entries = json.loads((site/'search.json').read_text(encoding='utf-8'))
     found = {entry['title']: entry for entry in reversed(entries)}
@@ -103,12 +109,14 @@ def test_names_in_tables_may_break():
     broken = 'test_<wbr>a.<wbr>py::<wbr>test_<wbr>b'
     assert docs.breakable(text) == text.replace('test_a.py::test_b', broken)
 
+@pytest.mark.process
 def test_what_a_search_finds_is_not_clipped_and_tables_scroll(site):
     style = (site/'styles.css').read_text(encoding='utf-8')
     assert 'position: fixed' in re.search(r'\.smalldocs-search-results \{(.*?)\}', style, flags=re.S)[1]
     assert 'overflow-x: auto' in re.search(r'^table \{(.*?)\}', style, flags=re.S | re.M)[1]
     assert re.search(r'a:has\(> code\) \{ text-decoration: none', style)
 
+@pytest.mark.process
 def test_links_lead_to_definitions(site):
     text = (site/'ntxent.html').read_text()
     assert 'id="nt_xent"' in text

@@ -265,6 +265,7 @@ def test_cells_import_what_stands_above_them():
 
 def test_methods_live_in_their_classes(): none(patched(sources()))
 
+@pytest.mark.process
 def test_parts_stand_alone():
     names = [name for name in modules() if room(name) in without_fastai]
     assert len(names) > 25 and first_that_loads(names, 'fastai') == ''
@@ -276,6 +277,7 @@ def test_the_public_face_is_small():
     assert 30 <= len(names_in_all(sources()['all'])) <= names_of_all
     assert sum(counts.values()) <= names_of_the_package
 
+@pytest.mark.process
 def test_help_is_quick_and_loads_nothing_heavy():
     assert not loaded(help_code, heavy)
     def seconds():
@@ -331,6 +333,7 @@ def test_patched_methods_are_seen():
     outside = '@patch\ndef f(self:Ours): pass\n@patch(as_prop=True)\ndef g(self:Theirs): pass'
     assert patched({'core': 'class Ours: pass', 'learner': outside}) == ['learner patches Ours.f']
 
+@pytest.mark.process
 def test_names_and_loaded_modules_are_seen():
     assert names_in_all("__all__ = ['a', 'b']") == ['a', 'b'] and names_in_all('x = 1') == []
     assert first_that_loads(['commands.options', 'commands.main', 'core', 'ntxent'], 'torch') == 'core'

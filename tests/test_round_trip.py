@@ -71,7 +71,7 @@ def round_trip(word, size, path, trained=True):
 small = 'densenet121', 'legacy_seresnet18', 'levit_128s', 'tresnet_m', 'mobilenetv3_small_050', 'repvit_m0_9'
 heavy = {'beit_base_patch16_224', 'deepseek_vit_412m', 'gemma4_vit_167m', 'inception_resnet_v2', 'inception_v4',
          'mobilenetv5_300m', 'naflexvit_base_patch16_siglip', 'nasnetalarge', 'pnasnet5large', 'qwen3_vit_88m',
-         'sam2_hiera_tiny', 'samvit_base_patch16', 'sequencer2d_s', 'vgg11'}                   # seconds or gigabytes each
+         'sam2_hiera_tiny', 'samvit_base_patch16', 'sequencer2d_s', 'vgg11'}    # seconds or gigabytes each
 
 
 def families():

@@ -12,7 +12,7 @@ from torch import nn
 
 from simclr_nb import __version__, cli
 from simclr_nb.channels import adapt_channels
-from simclr_nb.encoder import build_encoder, encoder_info, load_encoder, save_encoder, set_encoder_info
+from simclr_nb.encoder import build_encoder, load_encoder, save_encoder, set_encoder_info
 from simclr_nb.projection import load_head
 from simclr_nb.weights import pretrained
 
