@@ -436,6 +436,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'simclr_nb.data.channels.read_tiff': ( 'data/channels.html#read_tiff',
                                                                                 'simclr_nb/data/channels.py'),
                                          'simclr_nb.data.channels.scaled': ('data/channels.html#scaled', 'simclr_nb/data/channels.py'),
+                                         'simclr_nb.data.channels.tiff_by_opencv': ( 'data/channels.html#tiff_by_opencv',
+                                                                                     'simclr_nb/data/channels.py'),
                                          'simclr_nb.data.channels.upright': ('data/channels.html#upright', 'simclr_nb/data/channels.py'),
                                          'simclr_nb.data.channels.with_channels': ( 'data/channels.html#with_channels',
                                                                                     'simclr_nb/data/channels.py')},

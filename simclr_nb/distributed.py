@@ -167,6 +167,10 @@ def _own_global(module):
     return variant(module, Global) if local else module
 
 def _sync_global(model):
+    own = {type(m).__name__ for m in model.modules() if isinstance(m, _BatchNorm) and type(m).__module__[:5] != 'torch'}
+    if own:
+        raise ValueError(f"PyTorch's SyncBatchNorm would take the place of {', '.join(sorted(own))}, and what these do "
+                         "besides, as activations, would be lost: take implementation='own'")
     where = sorted({p.device.type for p in model.parameters()} - {'cuda', 'xpu'})
     if where:
         raise ValueError(f"PyTorch's SyncBatchNorm works on GPUs, and the network is on {', '.join(where)}: "

@@ -31,12 +31,18 @@ def read_dicom(data:bytes):
 def read_tiff(data:bytes):
     "The picture in a TIFF file; without tifffile up to four channels."
     try: import tifffile
-    except ImportError: return read_opencv(data)
+    except ImportError: return tiff_by_opencv(data, 'tifffile')
     try: return tifffile.imread(io.BytesIO(data))
     except ValueError as e:                                   # tifffile leaves compression to another package
         if 'imagecodecs' not in str(e): raise
-    try: return read_opencv(data)
+    try: return tiff_by_opencv(data, 'imagecodecs')
     except ValueError as e: raise ValueError('its compression needs another package: pip install imagecodecs') from e
+
+def tiff_by_opencv(data:bytes, package:str): # package: what would read it as it is
+    "A TIFF file by OpenCV, which multiplies the colors of 8 bits by a fourth channel: these are refused."
+    x = read_opencv(data)
+    if x.ndim < 3 or x.shape[2] != 4 or x.dtype != np.uint8: return x
+    raise ValueError(f'its four channels of 8 bits are read as they are by another package: pip install {package}')
 
 # %% ../../nbs/data/07_channels.ipynb #d109a80c
 def read_opencv(data:bytes):
