@@ -1,5 +1,6 @@
 "Fine-tuning on a grid of learning rates and weight decays; sets and settings that make no sense; lists of labels."
 import math, os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -60,8 +61,7 @@ def sets(tmp_path_factory):
 @pytest.mark.parametrize('protocol', [linear, fine, both])
 def test_classes_that_do_not_train_are_named(sets, protocol):
     train, test = sets
-    part = train.subset(np.flatnonzero(train.labels != 1).tolist())
-    part.classes = train.classes
+    part = replace(train.subset(np.flatnonzero(train.labels != 1).tolist()), classes=train.classes)
     with pytest.raises(ValueError, match='green'): protocol(flat(), part, test)
 
 
