@@ -69,6 +69,7 @@ def round_trip(word, size, path, trained=True):
 
 
 small = 'densenet121', 'legacy_seresnet18', 'levit_128s', 'tresnet_m', 'mobilenetv3_small_050', 'repvit_m0_9'
+small += 'convnext_tiny', 'mobilenet_v3_small', 'regnet_y_400mf', 'resnet18', 'shufflenet_v2_x0_5', 'swin_t', 'vit_b_32'
 heavy = {'beit_base_patch16_224', 'deepseek_vit_412m', 'gemma4_vit_167m', 'inception_resnet_v2', 'inception_v4',
          'mobilenetv5_300m', 'naflexvit_base_patch16_siglip', 'nasnetalarge', 'pnasnet5large', 'qwen3_vit_88m',
          'sam2_hiera_tiny', 'samvit_base_patch16', 'sequencer2d_s', 'vgg11'}    # seconds or gigabytes each
@@ -87,9 +88,10 @@ def families():
 
 
 def torchvision_names(every):
-    "All of torchvision's classification models; or the first of each of its modules."
+    "All of torchvision's classification models; or a small one of each of its modules."
     names, seen = torchvision.models.list_models(module=torchvision.models), {}
-    for name in names: seen.setdefault(torchvision.models.get_model_builder(name).__module__, name)
+    for name in sorted(names, key=lambda name: name not in small):
+        seen.setdefault(torchvision.models.get_model_builder(name).__module__, name)
     return names if every else list(seen.values())
 
 
