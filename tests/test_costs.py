@@ -79,7 +79,7 @@ def really_kept(net, n, dtype=torch.float32):
 
 
 @pytest.mark.parametrize('arch, dtype', [('resnet18', torch.float32), ('resnet18', torch.bfloat16),
-                                         ('resnet50', torch.float64), ('resnet26d', torch.float32)])
+                                         ('resnet50', torch.float64), ('timm:resnet26d', torch.float32)])
 def test_activations_are_counted_to_the_byte(arch, dtype):
     net = network(arch)
     estimate = activation_bytes(net, SIZE, dtype)

@@ -323,7 +323,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     encoders, # a folder of a run, an encoder file, a timm name, a module, or several of these that differ in their seed
     data, # folder of labeled images or name of a preset; or two sets of images, to train classifiers and to test them
-    s:EvalSettings=EvalSettings(),
+    s:EvalSettings=EvalSettings(), # what is measured, and how
     baselines=('pixels', 'pca', 'untrained', 'start'), # as for `candidates`
     layer:str='h', # or 'z', behind the head of the run
     crop:float|None=None, # fraction of a test image's shorter side to keep; None: the encoder's own

@@ -95,7 +95,7 @@ def transfer_table(
     names=tuple(transfer_sets), # which data sets
     protocols=('linear', 'finetuned'),
     grids:dict|None=None, # encoder's name to other fields of the settings: lr, wd, steps, …
-    l2=l2_grid, # penalties of 'linear'
+    l2:np.ndarray|None=None, # penalties of 'linear'; None: `l2_grid`
     keep:str|Path|None=None, # folder for results, so that the same call goes on where it was interrupted
     log=None, # called with a line of text for each result
 )->dict: # protocol to data set to encoder to results; and 'left_out': data set to reason
@@ -103,6 +103,7 @@ def transfer_table(
     if other := set(protocols) - {'linear', 'finetuned'}:
         raise ValueError(f"the protocols are 'linear' and 'finetuned', got {sorted(other)}")
     found, left_out = find_transfer(root, names)
+    l2 = l2_grid if l2 is None else l2
     grids = {'random': random_grid} | (grids or {})
     out = {p: {n: {} for n in found} for p in protocols}
     for n, p, w in product(found, protocols, encoders):
