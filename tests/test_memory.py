@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.data.sources import augmentations_for, load_images
-from simclr_nb.encoder import build_encoder
+from simclr_nb.encoder import build_encoder, features_of
 from simclr_nb.lars import LARS, learning_rate, param_groups
 from simclr_nb.learner import simclr_learner
 from simclr_nb.training.memory import Checkpointed, checkpoint_activations
@@ -41,7 +41,7 @@ class Run:
     "A model after two epochs with LARS; `scale`: under the CPU's autocast, with a scaler that starts there."
     def __init__(self, micro_batch=None, encoder=None, scale=None):
         encoder = encoder or Encoder()
-        self.model = SimCLR(encoder, projection_head(encoder.num_features, 'none'), micro_batch)
+        self.model = SimCLR(encoder, projection_head(features_of(encoder, 32), 'none'), micro_batch)
         self.opt = LARS(param_groups(self.model), lr=3.)
         scaler = torch.amp.GradScaler('cpu', init_scale=scale or 1., enabled=scale is not None)
         self.losses, self.metrics = [], []
@@ -86,7 +86,7 @@ def pretrained(micro_batch):
 def test_steps_of_a_learner_are_those_of_the_whole_batch():
     whole, pieces = pretrained(None), pretrained(3)
     assert isinstance(whole.opt.opt, LARS) and len(whole.recorder.losses) == 6
-    assert (whole.model.encoder.net[0].weight - Encoder().net[0].weight).abs().max() > 1e-4, 'nothing was learned'
+    assert (whole.model.encoder.net.net[0].weight - Encoder().net[0].weight).abs().max() > 1e-4, 'nothing was learned'
     a, b = pieces.model.state_dict(), whole.model.state_dict()
     for k, v in b.items(): torch.testing.assert_close(a[k], v, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(list(pieces.recorder.losses), list(whole.recorder.losses))

@@ -9,7 +9,7 @@ from simclr_nb.studies.results import (claims_table, overview, read_records, res
 
 nbs = Path(__file__).resolve().parents[1]/'nbs'
 committed = nbs/'studies/results'
-pages = sorted(file.stem for file in (nbs/'studies').glob('*.ipynb'))
+pages = sorted(file.stem for file in (nbs/'studies').glob('[a-z]*.ipynb'))
 
 def shown(file):
     "What the cells of a notebook show as Markdown."
