@@ -338,7 +338,6 @@ def simclr_learner(
     arch:str|nn.Module='resnet50', # as for `build_encoder`: 'resnet18', 'resnet50_2x', 'timm:NAME', …; an nn.Module
     size:int|None=None, # side of the views, pixels; None: the preset's, else 224
     augment:Augmentation|None=None, # None: what suits the source
-    batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders
     head:str|nn.Module='nonlinear', # 'none', 'linear', 'nonlinear', or an nn.Module (B, d) to (B, D)
     projection_dim:int=128, # D, length of z
     temperature:float=.1, # τ of the loss
@@ -351,6 +350,7 @@ def simclr_learner(
     grad_checkpoint:bool=False, # compute activations twice instead of keeping them: less memory, more time
     cache_mb:float=0, # megabytes of memory for decoded images, as in `train_loader`
     memory_format=None, # of views and network; None: torch.channels_last, which is faster, unless `arch` is a module
+    batch_size:int|None=None, # images per step, over all processes; None: 256 or all images, or as in the loaders
     **kwargs, # to fastai's `Learner`; its `opt_func` takes the place of `optimizer`
 )->SimCLRLearner: # with `pretrain`, `show_batch`, `save_encoder` and all of fastai's
     "A fastai `Learner` for SimCLR; train it with `pretrain`, then take its `encoder`."
