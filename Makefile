@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
-NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/studies/*.ipynb)) nbs/results.ipynb nbs/index.ipynb
+NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb nbs/*/*.ipynb)) nbs/results.ipynb nbs/index.ipynb
 
 DEMO_PRETRAIN = $(RUN)/simclr pretrain --recipe solar_cells --out runs/demo --overwrite
 DEMO_EVALUATE = $(RUN)/simclr evaluate runs/demo solar_cells --label-fractions 0.01,0.1,1 --seeds 0,1,2,3,4
