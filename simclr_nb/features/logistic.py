@@ -76,11 +76,12 @@ def _direction(g, pairs, P): # pairs (s, y, 1/sy), oldest first; P (S, C, r) fir
 
 # %% ../../nbs/features/05_logistic.ipynb #df91b0c2
 def _step(at, W, now, D): # at(W, which) and now are (losses, gradients, mean p(1 - p))
-    "A step along D for each problem, each with its own line search: new weights, and what `at` gives there."
+    """A step along D for each problem, each with its own line search: new weights, what `at` gives there, and
+    how many places were tried. Many are where losses differ by no more than their rounding."""
     f, slope = now[0], _dot(now[1], D)
     t, todo = torch.ones_like(f), torch.arange(len(f), device=f.device)
     W2, then = W.clone(), [v.clone() for v in now]
-    for _ in range(30):
+    for tries in range(1, 31):
         W2[todo] = W[todo] + t[todo, None, None]*D[todo]
         for v, new in zip(then, at(W2[todo], todo)): v[todo] = new
         end, start = _dot(then[1][todo], D[todo]), slope[todo]
@@ -88,7 +89,7 @@ def _step(at, W, now, D): # at(W, which) and now are (losses, gradients, mean p(
         t[todo] *= torch.where(good, 1., (start/(start - end)).clamp(.05, .8))
         todo = todo[~good]
         if not len(todo): break
-    return W2, then
+    return W2, then, tries
 
 # %% ../../nbs/features/05_logistic.ipynb #a96c895f
 def _warn_unconverged(lam, total, max_iter):
@@ -113,11 +114,14 @@ def _minimize(x, y, w, e, lam, C, tol, max_iter, memory=10):
         if not go.all():
             live, W, D, lam, *now = (t[go] for t in (live, W, D, lam, *now))
             pairs = [tuple(t[go] for t in p) for p in pairs]
-        W2, then = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which], dtype), W, now, D)
+        W2, then, tries = _step(lambda V, which: _loss_grad(x, y, w, V, lam[which], dtype), W, now, D)
         s, v = W2 - W, then[1] - now[1]
         rho = torch.where(_dot(s, v) > 0, 1/_dot(s, v), 0.)
         pairs = [*pairs, (s, v, rho)][-memory:]
         W, now = W2, then
+        if tries > 2 and dtype != W.dtype:
+            dtype = W.dtype
+            now = _loss_grad(x, y, w, W, lam, dtype)
     done_W[live], done_f[live] = W, now[0]
     if max_iter is None: _warn_unconverged(lam, len(done_f), 3000)
     return done_W, done_f
