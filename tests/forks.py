@@ -43,11 +43,13 @@ class Popen(subprocess.Popen):
         pipes = p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
         words = [] if isinstance(args, (str, bytes, os.PathLike)) else [os.fsdecode(a) for a in args]
         variables = os.environ if env is None else {os.fsdecode(k): os.fsdecode(v) for k, v in env.items()}
+        at_once = words[1:2] == ['-u']              # as torchrun calls it
+        if at_once: del words[1]
         python = len(words) > 1 and words[0] == sys.executable
         python = python and (words[1] in ('-c', '-m') or words[1][:1] != '-')
         if python and known in os.environ and not (executable or preexec_fn or pass_fds or shell):
-            request = dict(args=words[1:], cwd=os.path.abspath(os.fsdecode(cwd or '.')), env=dict(variables),
-                           session=session, group=os.getpgrp(), asker=os.getpid())
+            request = dict(args=words[1:], at_once=at_once, cwd=os.path.abspath(os.fsdecode(cwd or '.')),
+                           env=dict(variables), session=session, group=os.getpgrp(), asker=os.getpid())
             streams = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
             self.asked, pid = ask(request, streams)
             if pid:
@@ -277,9 +279,10 @@ def settle(request, fds, before):
     os.environ.update(request['env'])
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
         old = getattr(sys, name)
-        lines = not old.write_through and (name == 'stderr' or os.isatty(fd))
-        raw = open(fd, 'wb' if fd else 'rb', 0 if fd and old.write_through else -1, closefd=False)
-        new = io.TextIOWrapper(raw, old.encoding, old.errors, None, lines, old.write_through)
+        through = bool(fd) and (request['at_once'] or old.write_through)
+        lines = not through and (name == 'stderr' or os.isatty(fd))
+        raw = open(fd, 'wb' if fd else 'rb', 0 if through else -1, closefd=False)
+        new = io.TextIOWrapper(raw, old.encoding, old.errors, None, lines, through)
         setattr(sys, name, new)
         setattr(sys, f'__{name}__', new)
     sys.path[1:] = paths(request['env']) + [path for path in sys.path[1:] if path not in before]

@@ -58,6 +58,12 @@ def test_a_fork_sees_what_a_fresh_process_sees(tmp_path, way):
     for three in zip(*chances, again):                          # each process has chances of its own,
         assert len(set(three)) == 3 or fresh['seed'] and three[0] == chances[0][2]  # but for older torch's
 
+def test_one_that_is_started_without_buffers_writes_at_once():
+    code = 'import sys; print(sys.argv, [s.write_through for s in (sys.stdin, sys.stdout, sys.stderr)]); 1/0'
+    fresh, forked = both(['-u', '-c', code, 'a'])
+    assert (fresh.stdout, fresh.returncode) == (forked.stdout, forked.returncode) and 'True' in forked.stdout
+    assert is_forked([sys.executable, '-u', *loaded[1:]]) == 'True'
+
 @pytest.mark.parametrize('code', [
     '', 'import sys; sys.exit(7)', 'import sys; sys.exit("so it is")', 'import sys; sys.exit(None)', '1/0',
     'import os; os._exit(9)', 'raise KeyboardInterrupt', 'import os; os.kill(os.getpid(), 9)', 'syntax error',

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 import forks
 
 from simclr_nb.commands import main as cli
+from simclr_nb.commands import run
 from simclr_nb.training.history import HistoryCallback, read_history
 from simclr_nb.training.resume import load_state
 
@@ -79,6 +80,9 @@ def a_run(images, out, how, changes, seen):
     if how.get('kill_write'): os.fsync = killing_in(how['kill_write'])
     if how.get('full'): os.fsync = filling_at(how['full'])
     if how.get('slow'): HistoryCallback.after_batch = slow_steps(how['slow'])
+    if not how.get('figures'):                      # they take as long as the training
+        run.save_figure = lambda fig, path: None
+        run.plot_history = lambda histories: None
     cli.main(arguments(images, out, **changes))
 
 
@@ -114,7 +118,7 @@ def report(out): return json.loads((out/'report.json').read_text())
 @pytest.fixture(scope='module')
 def straight(processes, images, place):
     "A run in one go."
-    assert ended(start(processes, images, place/'straight')) == 0, said(place/'straight')
+    assert ended(start(processes, images, place/'straight', dict(figures=True))) == 0, said(place/'straight')
     return place/'straight'
 
 

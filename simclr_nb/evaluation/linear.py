@@ -140,18 +140,26 @@ def _reach_of_heads(net, size, s, train, held_out, options)->list: # percent
     return [-math.inf if gone else reached(partial(report, head), s.metric) for head, gone in zip(heads, lost)]
 
 # %% ../../nbs/evaluation/02_linear.ipynb #7ec87246
-class _Versions(nn.Module):
+class Versions(nn.Module):
     "The outputs of a module for several versions of each image, side by side."
     def __init__(self, module, versions):
         super().__init__()
         self.module, self.versions = module, versions
     def forward(self, x): return torch.cat([self.module(f(x)) for f in self.versions], 1)
 
-def _standardized_versions(module, images, versions, size, **kwargs): # (V, n, d)
-    "Features of V versions of each image, every feature with mean 0 and variance 1."
-    h, _ = extract_features(_Versions(module, versions), images, size, **kwargs)
-    h = h.unflatten(1, (len(versions), -1)).transpose(0, 1)
-    return (h - h.mean((0, 1)))/h.std((0, 1)).clamp(min=1e-6)
+def versions_told(
+    h:Tensor, # (n, V·d) what `Versions` gives for n images
+    V:int, # versions
+    held_out:float=.25, # fraction of the images, to test the classifier on
+    seed:int=0, # of the split
+)->float: # percent
+    "How often a linear classifier on standardized features predicts the version of an image it was not trained on."
+    h = h.unflatten(1, (V, -1)).transpose(0, 1)
+    h = (h - h.mean((0, 1)))/h.std((0, 1)).clamp(min=1e-6)
+    fit, ask = train_test_split(range(h.shape[1]), test_size=held_out, random_state=seed)
+    path = logistic_path(h[:, fit].flatten(0, 1), np.repeat(range(V), len(fit)), [1/(V*len(fit))])
+    guess = (h[:, ask].flatten(0, 1) @ path.weights[0] + path.bias[0]).argmax(1)
+    return accuracy(np.repeat(range(V), len(ask)), guess)
 
 # %% ../../nbs/evaluation/02_linear.ipynb #f120c67c
 def transformation_probe(
@@ -166,8 +174,5 @@ def transformation_probe(
     "How often a linear classifier on frozen features predicts the version of an image it was not trained on."
     V = len(versions)
     if V < 2: raise ValueError(f'to tell versions apart there must be 2 or more, got {V}')
-    h = _standardized_versions(module, images, versions, size, **kwargs)
-    fit, ask = train_test_split(range(h.shape[1]), test_size=held_out, random_state=seed)
-    path = logistic_path(h[:, fit].flatten(0, 1), np.repeat(range(V), len(fit)), [1/(V*len(fit))])
-    guess = (h[:, ask].flatten(0, 1) @ path.weights[0] + path.bias[0]).argmax(1)
-    return accuracy(np.repeat(range(V), len(ask)), guess)
+    h, _ = extract_features(Versions(module, versions), images, size, **kwargs)
+    return versions_told(h, V, held_out, seed)

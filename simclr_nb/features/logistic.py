@@ -244,7 +244,7 @@ def _reached(x, y, weight, parts, metric, penalties): # parts: pairs of those th
     "What each penalty reaches on held-out images, the mean over the parts."
     reached = []
     for a, b in parts:
-        path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a], 1e-6, 200)
+        path = logistic_path(x[a], y[a], penalties, None if weight is None else weight[a], 1e-6, 100)
         guesses = [(x[b].to(W) @ W + c).argmax(1).cpu().numpy() for W, c in zip(path.weights, path.bias)]
         reached.append([metric(y[b].numpy(), guess) for guess in guesses])
     return np.mean(reached, 0).tolist()

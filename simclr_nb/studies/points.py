@@ -29,7 +29,7 @@ from ..features.neighbors import NeighborClassifier
 from ..features.spectrum import effective_rank
 from ..learner import ViewsLoss, optimizers, simclr_learner
 from ..evaluation.classifier import supervised_learner
-from ..evaluation.linear import transformation_probe
+from ..evaluation.linear import Versions, versions_told
 from .grids import Training
 
 # %% ../../nbs/studies/02_points.ipynb #66f51a65
@@ -150,8 +150,11 @@ def measure_changes(
 )->dict: # percent
     "How well h and z tell what was done to an image."
     some = test.subset(range(0, len(test), -(-len(test)//n)))
-    return {f'{change} in {name}': transformation_probe(network, some, versions, t.size, num_workers=0)
-            for change, versions in versions_of().items() for name, network in networks.items()}
+    changes = versions_of()
+    versions = {f'{change} in {name}': Versions(network, changes[change])
+                for change in changes for name, network in networks.items()}
+    h, _ = extract_features(versions, some, t.size, num_workers=0)            # each image is decoded once
+    return {what: versions_told(h[what], len(v.versions)) for what, v in versions.items()}
 
 # %% ../../nbs/studies/02_points.ipynb #1e848b5f
 def run_point(
