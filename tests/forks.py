@@ -279,9 +279,9 @@ def settle(request, fds, before):
     os.environ.update(request['env'])
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
         old = getattr(sys, name)
-        through = bool(fd) and (request['at_once'] or old.write_through)
+        through = request['at_once'] or old.write_through
         lines = not through and (name == 'stderr' or os.isatty(fd))
-        raw = open(fd, 'wb' if fd else 'rb', 0 if through else -1, closefd=False)
+        raw = open(fd, 'wb' if fd else 'rb', 0 if fd and through else -1, closefd=False)
         new = io.TextIOWrapper(raw, old.encoding, old.errors, None, lines, through)
         setattr(sys, name, new)
         setattr(sys, f'__{name}__', new)
