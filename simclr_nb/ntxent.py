@@ -9,7 +9,7 @@ __all__ = ['nt_xent', 'NTXentLoss', 'contrastive_accuracy', 'contrastive_entropy
 import math
 from contextlib import suppress
 from functools import partial, wraps
-from typing import Callable
+from collections.abc import Callable
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn

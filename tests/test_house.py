@@ -2,7 +2,7 @@
 
 `python tests/test_house.py` prints the layers, and fails where they do not hold.
 """
-import ast, json, re, subprocess, sys, time
+import ast, importlib, json, re, subprocess, sys, time
 from functools import cache
 from pathlib import Path
 
@@ -338,6 +338,39 @@ def test_names_and_loaded_modules_are_seen():
     assert names_in_all("__all__ = ['a', 'b']") == ['a', 'b'] and names_in_all('x = 1') == []
     assert first_that_loads(['commands.options', 'commands.main', 'core', 'ntxent'], 'torch') == 'core'
     assert loaded('import fastai.basics', heavy) and not loaded('import json', heavy)
+
+def missing_names(source):
+    "What a piece of Python imports from the package and would not find."
+    lines = [line for line in source.splitlines() if line[:1] not in '%!']
+    try: nodes = [n for n in ast.walk(ast.parse('\n'.join(lines))) if isinstance(n, ast.ImportFrom) and not n.level]
+    except SyntaxError: return []                          # a fragment in a text
+    asked = [(n.module, a.name) for n in nodes if n.module.split('.')[0] == 'simclr_nb' for a in n.names]
+    return [f'{name} of {module}' for module, name in asked if name != '*' and not is_there(module, name)]
+
+def is_there(module, name):
+    try: return hasattr(importlib.import_module(module), name) or bool(importlib.import_module(f'{module}.{name}'))
+    except ModuleNotFoundError: return False
+
+def pieces_of_python():
+    "Cells, also those that are seldom run, and what texts show; pairs of (file, source)."
+    fence = re.compile(r'^```python\n(.*?)^```', re.M | re.S)
+    for file in sorted(notebooks.rglob('*.ipynb')):
+        for cell in cells(file):
+            text = ''.join(cell['source'])
+            for source in [text] if cell['cell_type'] == 'code' else fence.findall(text): yield file, source
+    for file in (*root.glob('*.md'), *(root/'bench').glob('*.md')):
+        for source in fence.findall(file.read_text(encoding='utf-8')): yield file, source
+    for folder in ('tests', 'tools', 'bench'):
+        for file in sorted((root/folder).rglob('*.py')):
+            if file.parent.name != 'kept': yield file, file.read_text(encoding='utf-8')
+
+def test_what_cells_texts_and_tests_import_is_there():
+    pieces = list(pieces_of_python())
+    assert len(pieces) > 1000
+    wrong = [f'{file.relative_to(root)}: {name}' for file, source in pieces for name in missing_names(source)]
+    assert not wrong, '\n'.join(wrong)
+    assert missing_names('from simclr_nb.core import nothing') == ['nothing of simclr_nb.core']
+    assert missing_names('%pip\nfrom simclr_nb.attic import a') == ['a of simclr_nb.attic']
 
 if __name__ == '__main__':
     print(table())

@@ -284,7 +284,7 @@ def stopping(s:Pretrain, learn, log):
         again = 'the same command without --overwrite' if s.overwrite else 'the same command'
         where = f'after step {learn.step}' if learn.step else 'before its first step'
         log(f'\nstopped as asked, {where}; {again} goes on')
-        raise SystemExit(128 + signal.SIGINT) if isinstance(e, KeyboardInterrupt) else e
+        raise SystemExit(128 + signal.SIGINT) if isinstance(e, KeyboardInterrupt) else e from None
 
 # %% ../../nbs/commands/03_run.ipynb #4ad4a533
 def keep_start(s:Pretrain, out:Path, learn):

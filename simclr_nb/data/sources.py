@@ -9,7 +9,8 @@ __all__ = ['presets', 'solar_augmentations', 'train_test_splits', 'load_images',
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 from ..core import need, shown
 from ..augmentations import (
     Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomResizedCrop, simclr_augmentations)

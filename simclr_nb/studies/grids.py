@@ -7,7 +7,7 @@ __all__ = ['scales', 'studies']
 
 # %% ../../nbs/studies/01_grids.ipynb #73473fa5
 from dataclasses import dataclass, field
-from typing import Callable
+from collections.abc import Callable
 
 # %% ../../nbs/studies/01_grids.ipynb #80955b97
 @dataclass(frozen=True, kw_only=True)

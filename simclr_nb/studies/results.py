@@ -192,8 +192,8 @@ def claims_table(
     rows = []
     for name, study in studies.items():
         if runs_left(name, scale, out): continue
-        for v in verdicts(name, scale, out):
-            rows.append([v.claim, study.where, f'`simclr study {name}`', v.text(), *v.differences()])
+        rows += [[v.claim, study.where, f'`simclr study {name}`', v.text(), *v.differences()]
+                 for v in verdicts(name, scale, out)]
     return markdown_table(['claim', 'in the paper', 'command', 'verdict', 'paper, points', 'ours'], rows, left=4)
 
 # %% ../../nbs/studies/03_results.ipynb #c7118e24

@@ -8,7 +8,7 @@ __all__ = ['CheckpointsCallback']
 # %% ../../nbs/training/07_resume.ipynb #af42794f
 import io, os, platform, signal, threading, time, warnings, zlib
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from fastai.callback.core import Callback

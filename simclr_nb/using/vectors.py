@@ -54,11 +54,11 @@ def write_vectors(
     else: return _write_parquet(path, v)
     return atomic_write(path, data.getvalue())
 
-def _write_parquet(path, v, columns={}):
+def _write_parquet(path, v, columns=None):
     "A table of paths, vectors and other columns."
     import pyarrow as pa, pyarrow.parquet as parquet
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(v.h.flatten().numpy()), v.h.shape[1])
-    table, data = pa.table(dict(path=pa.array(v.paths), vector=vectors) | columns), io.BytesIO()
+    table, data = pa.table(dict(path=pa.array(v.paths), vector=vectors) | (columns or {})), io.BytesIO()
     parquet.write_table(table.replace_schema_metadata(dict(simclr_nb=json.dumps(v.about))), data)
     return atomic_write(path, data.getvalue())
 
