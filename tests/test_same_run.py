@@ -17,7 +17,7 @@ from simclr_nb.learner import simclr_learner
 from simclr_nb.data.stores import tar_images
 
 pytestmark = pytest.mark.process
-IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 16, 20      # a batch does not divide an epoch
+IMAGES, BATCH, EPOCHS, STEPS = 40, 32, 10, 13      # a batch does not divide an epoch
 
 
 class Double(Callback):
@@ -48,9 +48,9 @@ class RawLosses(Callback):
 
 
 def train(images, double, lr, size=32, **kwargs):
-    "(weights and running statistics, losses, what the recorder says) of 20 steps of a small ResNet with LARS."
+    "(weights and running statistics, losses, what the recorder says) of a few steps of a small ResNet with LARS."
     augment = simclr_augmentations(size, strength=.5)
-    learn = simclr_learner(images, 'resnet18_0.25x', augment=augment, num_workers=0, **kwargs)
+    learn = simclr_learner(images, 'resnet18_0.125x', augment=augment, num_workers=0, **kwargs)
     if double: learn.loss_func = Single(learn.loss_func)
     raw = RawLosses()
     cbs = [raw] + [Double()]*double
@@ -82,16 +82,16 @@ def join(rank, world, port):
 def a_process(rank, world, port, folder):
     join(rank, world, port)
     images = folder_images(folder)
-    results = dict(double=train(images, True, .1), single=train(images, False, .003, 64, temperature=1.),
+    results = dict(double=train(images, True, .05), single=train(images, False, .003, 64, temperature=1.),
                    foreign=foreign_loaders(folder))
-    if world == 2: results['shards'] = train(tar_images(sorted(Path(f'{folder} as shards').iterdir())), True, .1)
+    if world == 2: results['shards'] = train(tar_images(sorted(Path(f'{folder} as shards').iterdir())), True, .05)
     torch.save(results, f'{folder}.{world}.{rank}')
 
 
 def a_wrong_process(rank, port, folder, fault):
     join(rank, 2, port)
     faults.plant(fault)
-    torch.save(train(folder_images(folder), True, .1), f'{folder}.{fault}.{rank}')
+    torch.save(train(folder_images(folder), True, .05), f'{folder}.{fault}.{rank}')
 
 
 def run_all(processes):
