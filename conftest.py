@@ -115,7 +115,9 @@ def pytest_runtest_makereport():
 def pytest_runtest_logstart(): last[0] = last[0] or used()
 
 
-def pytest_runtest_logreport(report): spent[report.nodeid.split('::')[0]] += getattr(report, 'used', 0.)  # of a worker that died: none
+def pytest_runtest_logreport(report):
+    used = getattr(report, 'used', 0.)              # the report of a worker that has died lacks it
+    spent[report.nodeid.split('::')[0]] += used
 
 
 def pytest_sessionfinish(session):
