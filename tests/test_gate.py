@@ -79,6 +79,10 @@ def stale_readme(p): edit(p/'README.md', '# Toy', '# Old toy')
 def error_output(p):
     write(p/index, text('# Toy'), code('print(1)', stream('1\n'), error))
     run(p, *nbdev('clean'))
+def output_with_a_path(p):
+    write(p/index, text('# Toy'), code('print(1)', stream('1\n/home/me/env/site-packages/x.py:1: Warning\n')))
+    run(p, *nbdev('clean'))
+    run(p, sys.executable, 'tools/readme.py')
 def unclean_notebook(p): edit(p/toy, '"execution_count": null', '"execution_count": 7')
 def skipped_notebook(p): edit(p/toy, '> A toy', '> A toy\\n\\n- skip_exec: true')
 def orphan_module(p):
@@ -98,6 +102,7 @@ def edit(file, old, new):
 @pytest.mark.parametrize('harms, failed, counts', [
     ([failing_cell, stale_readme, orphan_module, failing_test], [step, home, toy, tests], (6, 4)),
     ([stale_module, error_output], [export, held], (8, 2)),
+    ([output_with_a_path], [held], (9, 1)),
     ([unclean_notebook, no_test], [clean, 'tests'], (7, 2)),
     ([skipped_notebook, broken_test_file], [toy, 'tests/test_broken.py'], (9, 2)),
 ])

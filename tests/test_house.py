@@ -341,7 +341,7 @@ def test_names_and_loaded_modules_are_seen():
 
 def missing_names(source):
     "What a piece of Python imports from the package and would not find."
-    lines = [line for line in source.splitlines() if line[:1] not in '%!']
+    lines = [line for line in source.splitlines() if not line.startswith(('%', '!'))]
     try: nodes = [n for n in ast.walk(ast.parse('\n'.join(lines))) if isinstance(n, ast.ImportFrom) and not n.level]
     except SyntaxError: return []                          # a fragment in a text
     asked = [(n.module, a.name) for n in nodes if n.module.split('.')[0] == 'simclr_nb' for a in n.names]

@@ -88,5 +88,6 @@ def test_every_piece_links_to_its_chapter():
     text = ''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
     chapters = [f.name for f in (root/'nbs').glob('*.ipynb') if re.match(r'0[1-7]_', f.name)]
     assert len(chapters) == 7
-    for name in (*chapters, 'features/01_extract.ipynb', 'evaluation/02_linear.ipynb', 'evaluation/03_finetune.ipynb'):
+    rooms = 'data/08_datasets', 'features/01_extract', 'evaluation/02_linear', 'evaluation/03_finetune'
+    for name in (*chapters, *(f'{room}.ipynb' for room in rooms)):
         assert f']({name})' in text, name

@@ -9,8 +9,8 @@ __all__ = ['presets', 'solar_augmentations', 'train_test_splits', 'load_images',
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 from collections.abc import Callable
+from typing import NamedTuple
 from ..core import need, shown
 from ..augmentations import (
     Augmentation, ColorDistortion, RandomBlur, RandomFlip, RandomResizedCrop, simclr_augmentations)

@@ -94,7 +94,8 @@ def as_features(
     what:str='features', # what they are called in the error
 )->Tensor: # (n, d) floating point
     "The features of a classifier, or an error that says what is wrong with them."
-    return check_features(X if isinstance(X, Tensor) else torch.as_tensor(check_array(X)), what)
+    if isinstance(X, Tensor): return check_features(X, what)
+    return check_features(torch.as_tensor(np.require(check_array(X), requirements='W')), what)  # copied if read-only
 
 def check_like_fit(
     classifier, # with `n_features_in_`, once it is fitted
