@@ -15,6 +15,7 @@ from typing import Any
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from . import __version__
 from .core import eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
 
@@ -334,6 +335,15 @@ def network_of(
     net.config = facts
     return net
 
+class Undrawn(TorchFunctionMode):
+    "The weights of networks that are built under this are zero where they would be random: theirs come from a file."
+    random = Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        weight = args[0] if args else kwargs.get('tensor')
+        if func not in self.random or not isinstance(weight, nn.Parameter): return func(*args, **kwargs)
+        with torch.no_grad(): return weight.zero_()
+
 def _check_outline(config, path):
     "Is the network that the description names the one of the tensors? Asked of their shapes, before it is built."
     try:
@@ -348,7 +358,7 @@ def _check_outline(config, path):
 
 def _check_named(encoder, facts):
     "A `ValueError` where the name that a file is to have does not build this network."
-    with torch.random.fork_rng(devices=[]): named = network_of(facts, encoder.num_features)
+    with torch.random.fork_rng(devices=[]), Undrawn(): named = network_of(facts, encoder.num_features)
     load_strict(named.stored, encoder.stored.state_dict(), f"the network that is to be called {facts['arch']}")
     like = next(encoder.parameters(), torch.empty(0))
     ours, theirs = (_probe(net, facts['size'], channels_of(named)) for net in (encoder, named.to(like)))
@@ -367,7 +377,7 @@ def load_encoder(
                          'make that module, and call load_encoder(path, encoder=module)')
     if encoder is None:
         _check_outline(config, path)
-        with torch.random.fork_rng(devices=[]): encoder = network_of(config, config['feature_dim'])
+        with torch.random.fork_rng(devices=[]), Undrawn(): encoder = network_of(config, config['feature_dim'])
     encoder = unwrap(encoder)
     if not isinstance(encoder, Encoder): encoder = Wrapped(encoder, config['feature_dim'])
     load_strict(encoder.stored, load_file(path), path)

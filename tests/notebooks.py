@@ -1,9 +1,13 @@
 "Runs a notebook's cells: `python tests/notebooks.py FILE FLAG…` is `nbdev-test FILE --flags 'FLAG…'`."
 import sys
+from functools import partial
 from pathlib import Path
 
+from nbdev import test
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells, nbdev_test
+
+test.CaptureShell = partial(test.CaptureShell, mpl_format='png')    # nobody sees these figures: half the resolution
 
 
 def main(file, *flags):

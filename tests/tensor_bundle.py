@@ -1,7 +1,7 @@
 """Writes TensorFlow checkpoints, from the format's description: doc/table_format.md of LevelDB, and the comments of
 TensorFlow's tensor_bundle.proto and tensor_bundle.h. For tests; it shares no line with the reader in
 simclr_nb.weights.bundle."""
-import os, struct
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,12 @@ def field(number, value):
     return varint(number << 3) + varint(value) if value else b''
 
 
+def _shared(a, b):
+    "How many bytes two keys begin with together."
+    n = min(len(a), len(b))
+    differ = int.from_bytes(a[:n], 'big') ^ int.from_bytes(b[:n], 'big')
+    return n - (differ.bit_length() + 7)//8
+
 def block(entries, interval):
     "Keys lose what they share with the key before, except every interval-th."
     out, restarts, last = b'', [], b''
@@ -45,7 +51,7 @@ def block(entries, interval):
         if i % interval == 0:
             restarts.append(len(out))
             last = b''
-        shared = len(os.path.commonprefix([key, last]))
+        shared = _shared(key, last)
         out += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         last = key
     restarts = restarts or [0]

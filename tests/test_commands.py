@@ -13,6 +13,7 @@ from simclr_nb.commands import run as runs
 from simclr_nb.core import write_json
 from simclr_nb.training.folder import locked, read_json
 
+pytestmark = pytest.mark.usefixtures('quick_figures')
 settings = '--arch resnet18_0.125x --size 32 -b 8 --epochs 1 --lr 0.1 --num-workers 0'.split()
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.distributed import gather_rows, global_batch_norm
-from simclr_nb.encoder import build_encoder
+from simclr_nb.encoder import Undrawn, build_encoder
 from simclr_nb.training.memory import (AllocationTracker, activation_bytes, bytes_per_step, checkpoint_activations,
                               memory_per_device)
 from simclr_nb.ntxent import nt_xent
@@ -17,8 +17,7 @@ DIM, IMAGES, SIZE = 16, 6, 32
 
 
 def network(arch='resnet18'):
-    torch.manual_seed(0)
-    encoder = build_encoder(arch)
+    with Undrawn(): encoder = build_encoder(arch)               # what is counted does not depend on the weights
     return SimCLR(encoder, projection_head(encoder.num_features, dim_out=DIM))
 
 

@@ -179,14 +179,14 @@ class Slowly(Callback):
         dataset, views = self.dls.train.dataset, self.dls.train.dataset.views
         if self.data: dataset.views = lambda *key: (time.sleep(.005), views(*key))[1]
     def before_backward(self):
-        if not self.data: time.sleep(1)
+        if not self.data: time.sleep(.3)
 
 def test_waiting_for_data(images):
-    sick, said = run(images, 5, cbs=[Slowly(data=True)], doctor=dict(patience=2))
+    sick, said = run(images, 3, cbs=[Slowly(data=True)], doctor=dict(patience=.5))
     assert len(said) == 1 and 'of the time this run waits for data' in said[0]
     assert '--num-workers; now 0' in said[0] and '--cache' in said[0]
-    healthy, silence = run(images, 5, cbs=[Slowly(data=False)], doctor=dict(patience=2))
-    assert silence == [] and healthy.data_wait.total > 2 and healthy.data_wait.share < .3 < .6 < sick.data_wait.share
+    healthy, silence = run(images, 3, cbs=[Slowly(data=False)], doctor=dict(patience=.5))
+    assert silence == [] and healthy.data_wait.total > .5 and healthy.data_wait.share < .3 < .6 < sick.data_wait.share
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory): return textures(tmp_path_factory.mktemp('many'), 1024)

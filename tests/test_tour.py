@@ -41,7 +41,7 @@ def pictures_home(tmp_path_factory):
 def run(home, *changes):
     "What comes of the cells that are shown, on 512 pictures for 15 epochs, with each change (old, new)."
     code = '\n'.join(shown)
-    small = ('n_train, n_test, epochs = 10_000, 2_000, 5', 'n_train, n_test, epochs = 512, 500, 15')
+    small = ('n_train, n_test, epochs = 10_000, 2_000, 5', 'n_train, n_test, epochs = 512, 500, 8')
     for old, new in (small, ('for seed in (1, 2):', 'for seed in ():'), ('batch_size=256', 'batch_size=64'), *changes):
         assert code.count(old) == 1, old
         code = code.replace(old, new)

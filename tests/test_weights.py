@@ -9,6 +9,7 @@ from test_commands import refused, simclr, works
 from simclr_nb.encoder import load_encoder
 from simclr_nb.training.folder import read_json
 
+pytestmark = pytest.mark.usefixtures('quick_figures')
 network = 'resnet10t'
 settings = ('--arch', f'timm:{network}', '--size', 32, '-b', 32, '--epochs', 1, '--optimizer', 'adam', '--lr', 1e-3,
             '--temperature', .2, '--num-workers', 0, '--knn-every', 0)
@@ -19,10 +20,10 @@ def digits(tmp_path_factory):
     "Two halves of the digits: images and classes of one, a folder of pictures of the other."
     folder, (x, y) = tmp_path_factory.mktemp('digits'), load_digits(return_X_y=True)
     x = np.kron(x.reshape(-1, 8, 8)/16, np.ones((4, 4))).astype(np.float32)
-    for i in range(900, 1500):
+    for i in range(700, 1050):
         (folder/str(y[i])).mkdir(exist_ok=True)
         Image.fromarray((255*x[i]).astype(np.uint8)).convert('RGB').save(folder/str(y[i])/f'{i}.png')
-    return torch.from_numpy(x[:900, None]).expand(-1, 3, -1, -1), torch.from_numpy(y[:900]), folder
+    return torch.from_numpy(x[:700, None]).expand(-1, 3, -1, -1), torch.from_numpy(y[:700]), folder
 
 
 @pytest.fixture(scope='module')

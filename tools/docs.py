@@ -63,7 +63,7 @@ def docstrings(file):
 def definitions(entries):
     "Search entries of the definitions: a name that is looked for is then a title, and the first hit."
     titles = {entry['href'].split('#')[0].removeprefix('./'): entry['title'] for entry in entries}
-    pages = {file: docstrings(file) for _, _, file in symbols()}
+    pages = {file: docstrings(file) for file in {file for _, _, file in symbols()}}
     for name, link, file in symbols():
         page = link.split('#')[0]
         if name.startswith('_') or '.' in name or page not in titles: continue

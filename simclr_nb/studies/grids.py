@@ -15,6 +15,7 @@ class Training:
     "One training of a study, from the images to the seed."
     source:str='cifar10' # a name in `presets`, or a folder
     images:int|None=None # how many of the training images, drawn by a fixed seed; None: all
+    test_images:int|None=None # how many of the test images, drawn likewise; None: all
     size:int=32 # side of the views, pixels
     arch:str='resnet50'
     stem:str|None=None # of our ResNets; None: what suits the size
@@ -39,7 +40,8 @@ class Training:
 
 # %% ../../nbs/studies/01_grids.ipynb #02db776c
 scales = {
-    'tiny': Training(source='solar_cells', images=96, arch='resnet18_0.125x', stem='imagenet', batch_size=32, epochs=1),
+    'tiny': Training(source='solar_cells', images=96, test_images=96, arch='resnet18_0.125x', stem='imagenet',
+                     batch_size=32, epochs=1),
     'small': Training(images=5_000, arch='resnet18_0.25x', stem='small', batch_size=128),
     'paper': Training(source='imagenet', size=224, augment='crop flip color gray blur', strength=1., colors='simclrv1',
                       temperature=.1, optimizer='lars', lr=None, batch_size=4096, epochs=100),

@@ -84,12 +84,14 @@ def images_of(
     t:Training,
     folder:str|None=None, # where the images of its source are; None: where its name says
 )->tuple: # (train, test) sets
-    "The images of a training: a part of the training images, and all test images."
+    "The images of a training: as many training and test images as it asks for."
+    def drawn(images, n, kind):
+        if n is None: return images
+        if n > len(images):
+            raise ValueError(f'{t.source} has {len(images):,} {kind} images, and {n:,} are asked for')
+        return images.subset(np.random.default_rng(0).permutation(len(images))[:n].tolist())
     train, test = train_test_splits(folder or t.source)
-    if t.images is None: return train, test
-    if t.images > len(train):
-        raise ValueError(f'{t.source} has {len(train):,} training images, and {t.images:,} are asked for')
-    return train.subset(np.random.default_rng(0).permutation(len(train))[:t.images].tolist()), test
+    return drawn(train, t.images, 'training'), drawn(test, t.test_images, 'test')
 
 def train_point(
     t:Training,
