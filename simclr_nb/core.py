@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/00a_core.ipynb #fe761719
@@ -272,6 +273,16 @@ def unwrap(
     while isinstance(net, wrappers) or hasattr(net, '_orig_mod'):
         net = net.module if isinstance(net, wrappers) else net._orig_mod
     return net
+
+# %% ../nbs/00a_core.ipynb #5d21a7c6
+class Undrawn(TorchFunctionMode):
+    "The weights of networks that are built under this are zero where they would be random: theirs come from a file."
+    random = Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        weight = args[0] if args else kwargs.get('tensor')
+        if func not in self.random or not isinstance(weight, nn.Parameter): return func(*args, **kwargs)
+        with torch.no_grad(): return weight.zero_()
 
 # %% ../nbs/00a_core.ipynb #96feb61e
 class Variant:

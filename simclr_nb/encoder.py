@@ -15,9 +15,8 @@ from typing import Any
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from . import __version__
-from .core import eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
+from .core import Undrawn, eval_mode, load_strict, read_description, save_tensors, tensor_shapes, unwrap
 
 # %% ../nbs/02_encoder.ipynb #83406662
 def conv_bn(
@@ -320,7 +319,6 @@ def _todays(config):
 
 # %% ../nbs/02_encoder.ipynb #02955bb7
 _rebuilt = 'arch', 'size', 'stem', 'normalize', 'options', 'channels', 'pixels' # facts that hold with other weights too
-
 def network_of(
     config:dict, # as of an `Encoder`: arch, size, stem; normalize, options, channels, where the network has them
     num_features:int, # d
@@ -334,15 +332,6 @@ def network_of(
     if facts.get('channels', 3) != 3: adapt_channels(net, facts['channels'])
     net.config = facts
     return net
-
-class Undrawn(TorchFunctionMode):
-    "The weights of networks that are built under this are zero where they would be random: theirs come from a file."
-    random = Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        weight = args[0] if args else kwargs.get('tensor')
-        if func not in self.random or not isinstance(weight, nn.Parameter): return func(*args, **kwargs)
-        with torch.no_grad(): return weight.zero_()
 
 def _check_outline(config, path):
     "Is the network that the description names the one of the tensors? Asked of their shapes, before it is built."

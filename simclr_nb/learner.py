@@ -31,6 +31,7 @@ from .weights.files import named_encoder
 from .data.datasets import check_batch
 from .data.sets import ImageSet
 from .data.sources import load_images
+from .data.workers import WorkerLoader
 from .training.callbacks import (DistributedTrainingCallback, LateLossesCallback, PrecisionCallback,
     SanityChecksCallback, SmoothLoss, StepScheduleCallback, need_callback)
 from .training.checks import doctor_cbs
@@ -104,7 +105,9 @@ class RunLearner(Learner):
                 for cb in self.cbs.sorted('order'):
                     if hasattr(type(cb), 'after_failed_fit'): cb.after_failed_fit()
                 raise
-            finally: self.start += self.step
+            finally:
+                self.start += self.step
+                if isinstance(self.dls.train, WorkerLoader): self.dls.train.close()
     def _set_device(self, b): # fastai has no public way: only here is it said how a batch travels
         "As fastai's, but what lies in pinned memory is not waited for."
         device = next(self.model.parameters()).device

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_nb.distributed import gather_rows, global_batch_norm
-from simclr_nb.encoder import Undrawn, build_encoder
+from simclr_nb.core import Undrawn
+from simclr_nb.encoder import build_encoder
 from simclr_nb.training.memory import (AllocationTracker, activation_bytes, bytes_per_step, checkpoint_activations,
                               memory_per_device)
 from simclr_nb.ntxent import nt_xent

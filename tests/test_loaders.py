@@ -117,3 +117,22 @@ def test_workers_leave_with_the_process_that_trains_and_not_before(tmp_path, met
 def test_other_processes_of_the_program_still_hear_sigterm(tmp_path, method):
     said = output(started(tmp_path, others, method), 120)
     assert said.strip() == f'exit code {-signal.SIGTERM}', said
+
+
+left = common + """
+if __name__ == '__main__':
+    import gc
+    from simclr_nb.learner import simclr_learner
+    learn = simclr_learner(folder_images(make(8)), 'resnet18_0.125x', size=32, num_workers=2)
+    with learn.no_bar(), learn.no_logging():
+        for _ in range(2): learn.pretrain(1, batch_size=4, lr=.1)
+    began = time.perf_counter()
+    print(mp.active_children())
+    del learn
+    gc.collect()
+    print(time.perf_counter() - began < 3)
+"""
+
+def test_a_fit_leaves_no_workers_behind_that_would_be_waited_for(tmp_path):
+    done = forks.run([sys.executable, '-c', left, tmp_path], capture_output=True, text=True)
+    assert done.stdout.split() == ['[]', 'True'], done.stdout + done.stderr

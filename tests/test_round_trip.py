@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest, timm, torch, torch.nn.functional as F, torchvision
 from torchvision.models import WeightsEnum
 
-from simclr_nb.core import save_tensors
-from simclr_nb.encoder import Normalized, Undrawn, build_encoder, load_encoder, save_encoder
+from simclr_nb.core import Undrawn, save_tensors
+from simclr_nb.encoder import Normalized, build_encoder, load_encoder, save_encoder
 from simclr_nb.weights.files import named_encoder
 
 long = 'SIMCLR_TEST_LONG' in os.environ

@@ -47,3 +47,7 @@ class WorkerLoader(DataLoader):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try: return super().__iter__()
         finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def close(self):
+        "End the workers that are kept for the next epoch: those that the garbage collector finds are waited for."
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None: iterator._shutdown_workers()
