@@ -3,7 +3,7 @@
 With `-n 2 --dist loadfile --no-loadscope-reorder` the files that take longest come first, as
 `tests/seconds.json` has them.
 """
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,6 +63,8 @@ def serve(config):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # as for what a shell starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(config.option, 'numprocesses', None): serve(config)
 
 

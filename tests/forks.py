@@ -49,8 +49,7 @@ class Popen(subprocess.Popen):
         python = python and (words[1] in ('-c', '-m') or words[1][:1] != '-')
         if python and known in os.environ and not (executable or preexec_fn or pass_fds or shell):
             request = dict(args=words[1:], at_once=at_once, cwd=os.path.abspath(os.fsdecode(cwd or '.')),
-                           env=dict(variables), session=session, group=os.getpgrp(), asker=os.getpid(),
-                           deaf=signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+                           env=dict(variables), session=session, group=os.getpgrp(), asker=os.getpid())
             streams = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
             self.asked, pid = ask(request, streams)
             if pid:
@@ -244,7 +243,7 @@ def serve(listener, usable, before):
                 signal.set_wakeup_fd(-1)
                 for fd in (woken, wakes): os.close(fd)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.SIG_IGN if request['deaf'] else signal.default_int_handler)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 return request, fds
             for fd in fds: os.close(fd)
             tell(connection, 'i', pid)

@@ -67,7 +67,7 @@ def check_classes(
     what:str='labels', # what they are called in the error
 )->Tensor: # (n,) int64
     "One class for each image, or an error that says what was given."
-    labels = torch.as_tensor(to_numpy(labels))
+    labels = torch.as_tensor(np.require(to_numpy(labels), requirements='W'))         # copied if read-only
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (n,):
         raise ValueError(f'{what} must be integers (n,), one for each of {n} images, '
                          f'got {labels.dtype} {tuple(labels.shape)}')
