@@ -47,7 +47,9 @@ def made_weights(kind, name):
         with patch('timm.models._builder.load_pretrained', lambda model, **_: fill(model)): yield
         return
     more = dict(init_weights=True) if name in ('googlenet', 'inception_v3') else {}
-    def whole(*args, **kwargs): return fill(torchvision.models.get_model(name, **more)).state_dict()
+    def whole(weights, **_):
+        side = dict(image_size=weights.meta['min_size'][0]) if name.startswith('vit_') else {}
+        return fill(torchvision.models.get_model(name, **more, **side)).state_dict()
     with patch.object(WeightsEnum, 'get_state_dict', whole): yield
 
 
