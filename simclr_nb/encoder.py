@@ -319,6 +319,7 @@ def _todays(config):
 
 # %% ../nbs/02_encoder.ipynb #02955bb7
 _rebuilt = 'arch', 'size', 'stem', 'normalize', 'options', 'channels', 'pixels' # facts that hold with other weights too
+
 def network_of(
     config:dict, # as of an `Encoder`: arch, size, stem; normalize, options, channels, where the network has them
     num_features:int, # d

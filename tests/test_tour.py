@@ -39,7 +39,7 @@ def pictures_home(tmp_path_factory):
     return home
 
 def run(home, *changes):
-    "What comes of the cells that are shown, on 512 pictures for 15 epochs, with each change (old, new)."
+    "What comes of the cells that are shown, on 512 pictures for 8 epochs, with each change (old, new)."
     code = '\n'.join(shown)
     small = ('n_train, n_test, epochs = 10_000, 2_000, 5', 'n_train, n_test, epochs = 512, 500, 8')
     for old, new in (small, ('for seed in (1, 2):', 'for seed in ():'), ('batch_size=256', 'batch_size=64'), *changes):

@@ -17,7 +17,7 @@ settings = ('--arch', f'timm:{network}', '--size', 32, '-b', 32, '--epochs', 1, 
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    "Two halves of the digits: images and classes of one, a folder of pictures of the other."
+    "Two parts of the digits: images and classes of one, a folder of pictures of the other."
     folder, (x, y) = tmp_path_factory.mktemp('digits'), load_digits(return_X_y=True)
     x = np.kron(x.reshape(-1, 8, 8)/16, np.ones((4, 4))).astype(np.float32)
     for i in range(700, 1050):
